@@ -1,0 +1,12 @@
+"""gradbal: gradient balancing for several losses, as a torch optimizer."""
+
+from gradbal import engines as engines
+from gradbal import rules as rules
+from gradbal.aggregation import Aggregation as Aggregation
+from gradbal.aggregation import aggregate as aggregate
+from gradbal.optimizer import MTLOptimizer as MTLOptimizer
+from gradbal.registry import make_rule as make_rule
+from gradbal.registry import register as register
+from gradbal.registry import rule_names as rule_names
+
+__version__ = "0.1.0"

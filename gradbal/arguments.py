@@ -1,0 +1,203 @@
+"""What users pass to ``MTLOptimizer``, checked when it is built."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradbal import checks
+from gradbal.decision import Policy
+from gradbal.engines import Engine, Representation
+from gradbal.rule import GradientRule, LossRule, Rule
+
+Parameters = nn.Module | Tensor | Iterable[Any]
+Groups = Literal["model", "tensor"] | Mapping[str, Parameters]
+OWNER = "MTLOptimizer"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``MTLOptimizer``, as given."""
+
+    scale: str
+    heads: str | None
+    groups: Groups
+    update_every: int
+    on_nonfinite: str | None
+    learned_lr: float | None
+    capturable: bool
+    process_group: Any
+
+    @property
+    def when_nonfinite(self) -> str:
+        """What happens to a non-finite gradient."""
+        return self.on_nonfinite or ("propagate" if self.capturable else "raise")
+
+    @property
+    def policy(self) -> Policy:
+        """How weights are applied."""
+        return Policy(self.scale, self.heads, self.capturable)
+
+    def check(self, rule: Rule, engine: Engine, base: torch.optim.Optimizer) -> None:
+        """Raise the sentence that says which option, or which two together, cannot be.
+
+        Raises:
+            ValueError: If one is not among its choices or two exclude each other.
+        """
+        checks.one_of(OWNER, ("sum", "native"), scale=self.scale)
+        checks.one_of(OWNER, ("plain", "weighted", None), heads=self.heads)
+        checks.one_of(OWNER, ("raise", "skip", "propagate", None), on_nonfinite=self.on_nonfinite)
+        if isinstance(self.update_every, bool) or not isinstance(self.update_every, int):
+            raise TypeError(f"{OWNER}: `update_every` must be an int, got {self.update_every!r}.")
+        checks.at_least(OWNER, 1, update_every=self.update_every)
+        if self.learned_lr is not None:
+            checks.positive(OWNER, learned_lr=self.learned_lr)
+        if not isinstance(self.groups, Mapping):
+            checks.one_of(OWNER, ("model", "tensor"), groups=self.groups)
+        self._check_rule(rule, engine)
+        if self.capturable and getattr(rule, "solver", None) == "cvxpy":
+            raise ValueError(
+                f'{OWNER}: solver="cvxpy" runs on the host, so it cannot be captured; leave '
+                "`capturable` or the solver out."
+            )
+        if isinstance(rule, GradientRule) and isinstance(base, torch.optim.LBFGS):
+            raise ValueError(
+                f"{OWNER}: {type(rule).__name__} has no weights that LBFGS could hold while it "
+                "evaluates the losses again; choose a rule with weights or another base optimizer."
+            )
+
+    def _check_rule(self, rule: Rule, engine: Engine) -> None:
+        name = type(rule).__name__
+        elementwise = isinstance(rule, GradientRule)
+        refused = {
+            "`update_every` > 1": elementwise and self.update_every > 1,
+            '`heads="weighted"`': elementwise and self.heads == "weighted",
+            "the engine Representation": elementwise and isinstance(engine, Representation),
+        }
+        for what, refuse in refused.items():
+            if refuse:
+                raise ValueError(
+                    f"{OWNER}: {name} works entry by entry and has no weights, so {what} cannot "
+                    "be; choose a rule with weights or leave the option out."
+                )
+        if self.groups == "model":
+            return
+        if isinstance(rule, LossRule):
+            raise ValueError(
+                f"{OWNER}: {name} looks at the losses alone, so `groups` would change nothing; "
+                "leave it out."
+            )
+        if "weighted" in (self.heads, self.heads or rule.heads):
+            raise ValueError(
+                f"{OWNER}: with `groups` a task has several weights and its head cannot take one; "
+                'pass heads="plain".'
+            )
+        if self.update_every > 1:
+            raise ValueError(
+                f"{OWNER}: weights of several `groups` cannot be reused in one pass; "
+                "leave out `update_every`."
+            )
+        if isinstance(engine, Representation):
+            raise ValueError(
+                f"{OWNER}: a representation gives one Gram matrix, so `groups` needs another "
+                "engine, such as Sequential."
+            )
+
+    def refuse_more(self, rule: Rule, more: Sequence[object]) -> None:
+        """Raise if there are losses of several batches for a rule that takes one."""
+        if more:
+            raise ValueError(
+                f"{OWNER}: {type(rule).__name__} takes the losses of one batch, got those of "
+                f"{len(more) + 1}; leave the others out."
+            )
+
+    def check_closure(
+        self, rule: Rule, base: torch.optim.Optimizer, losses: object, closure: object
+    ) -> None:
+        """Raise if a closure is needed and none was given.
+
+        Raises:
+            TypeError: If the base evaluates the losses itself.
+            RuntimeError: If the rule insists on the losses of the same batch after the step.
+        """
+        if (losses is not None or closure is None) and _needs_closure(base):
+            raise TypeError(
+                f"{OWNER}: {type(base).__name__} evaluates the losses several times, so `step` "
+                "needs a closure that returns them: `mtl_opt.step(lambda: losses(batch))`."
+            )
+        if losses is not None and closure is None and rule.after == "closure":
+            raise RuntimeError(
+                f'{type(rule).__name__}(after="closure"): `step` needs `closure=`, a function '
+                "that returns the losses of the same batch again."
+            )
+
+    def check_processes(self) -> None:
+        """Raise if several processes would each balance their own part of the batch."""
+        dist = torch.distributed
+        if self.process_group is None or not dist.is_available() or not dist.is_initialized():
+            return
+        if dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"{OWNER}: task gradients are not averaged over the {dist.get_world_size()} "
+                "processes yet, so their models would drift apart; pass process_group=None if "
+                "each process trains a model of its own."
+            )
+
+
+def _needs_closure(base: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def parameter_list(base: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters of the optimizer, each once, in the order of its groups."""
+    found: dict[Tensor, None] = {}
+    for group in base.param_groups:
+        found.update(dict.fromkeys(group["params"]))
+    return list(found)
+
+
+def tensors_of(parameters: Parameters) -> list[Tensor]:
+    """Return the parameters in a module, a tensor or nested iterables of these.
+
+    Raises:
+        TypeError: If something else comes.
+    """
+    if isinstance(parameters, nn.Module):
+        return list(parameters.parameters())
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, str | bytes) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"{OWNER}: expected a module, parameters or a list of these, got {parameters!r}."
+        )
+    return [tensor for part in parameters for tensor in tensors_of(part)]
+
+
+def numbers_in(parameters: Parameters, index: Mapping[int, int]) -> set[int]:
+    """Return the numbers of these parameters among those of the optimizer.
+
+    Raises:
+        ValueError: If none of them belongs to the optimizer.
+    """
+    tensors = tensors_of(parameters)
+    numbers = {index[id(tensor)] for tensor in tensors if id(tensor) in index}
+    if not numbers:
+        raise ValueError(
+            f"{OWNER}: none of the {len(tensors)} parameters named in `shared` or `groups` "
+            "belongs to the base optimizer; name parameters that it was built with."
+        )
+    return numbers
+
+
+def assign_groups(
+    groups: Groups, numbers: Sequence[int], index: Mapping[int, int]
+) -> dict[int, str]:
+    """Return the group of each shared parameter; those that no group names form ``"other"``."""
+    if not isinstance(groups, Mapping):
+        return {n: "model" if groups == "model" else f"tensor {n}" for n in numbers}
+    named = {n: name for name, part in groups.items() for n in numbers_in(part, index)}
+    return {n: named.get(n, "other") for n in numbers}

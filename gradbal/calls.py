@@ -1,0 +1,110 @@
+"""One call of ``backward``: what it was given, and the small things done around the rule."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbal.heads import largest_entry
+from gradbal.losses import Batch, named_losses, read_batch
+
+AuxLosses = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call.
+
+    Attributes:
+        aux: A loss that is no task, or a mapping of such losses.
+        accumulate: Only put the task gradients aside.
+        scaler: A ``GradScaler``.
+        retain_graph: Keep the graph.
+        fresh: Replace ``.grad`` instead of adding to it.
+        hold: Remember the weights, because the losses will be evaluated again in this step.
+        replay: Use the weights that were held.
+    """
+
+    aux: AuxLosses | None = None
+    accumulate: bool = False
+    scaler: Any = None
+    retain_graph: bool = False
+    fresh: bool = False
+    hold: bool = False
+    replay: bool = False
+
+    def aux_batch(self) -> Batch | None:
+        """Return the auxiliary losses that have a graph, or None if there is none."""
+        if self.aux is None:
+            return None
+        losses = [self.aux] if isinstance(self.aux, Tensor) and self.aux.ndim == 0 else self.aux
+        _, found = named_losses(losses)
+        batch = read_batch(found, range(len(found)))
+        return batch if batch.tasks else None
+
+    def initial_gradient(self, device: torch.device) -> Tensor | None:
+        """Return the factor on all gradients, 0-dim, or None for one."""
+        if self.scaler is None:
+            return None
+        scale: Tensor = self.scaler.scale(torch.ones((), device=device))
+        return scale
+
+
+def aux_gradients(
+    batch: Batch | None, params: Sequence[Tensor], scale: Tensor | None
+) -> dict[int, Tensor]:
+    """Return the gradient of the summed auxiliary losses, by parameter."""
+    if batch is None:
+        return {}
+    numbers = [n for n, param in enumerate(params) if param.requires_grad]
+    grads = torch.autograd.grad(
+        batch.edges,
+        [params[n] for n in numbers],
+        batch.seeds(scale),
+        retain_graph=True,  # the tasks' graphs may be the same
+        allow_unused=True,
+    )
+    return {n: grad for n, grad in zip(numbers, grads, strict=True) if grad is not None}
+
+
+@contextmanager
+def replacing_grads(params: Sequence[Tensor], fresh: bool) -> Iterator[None]:
+    """With ``fresh``, take all gradients away first; if what follows fails, put them back."""
+    old = [param.grad for param in params] if fresh else []
+    for param, _ in zip(params, old, strict=False):
+        param.grad = None
+    try:
+        yield
+    except BaseException:
+        for param, grad in zip(params, old, strict=False):
+            param.grad = grad
+        raise
+
+
+def fill(params: Sequence[Tensor], value: float | None) -> None:
+    """Set every gradient to None, or fill it: with infinity a ``GradScaler`` skips the step."""
+    for param in params:
+        if param.requires_grad:
+            param.grad = None if value is None else torch.full_like(param, value)
+
+
+def pass_once(
+    params: Sequence[Tensor], batch: Batch, weights: Tensor, scale: Tensor | None, call: Call
+) -> bool:
+    """Differentiate the weighted sum of the losses, and the auxiliary ones, into ``.grad``.
+
+    Returns:
+        Whether the gradients are finite; looked at only under a scaler.
+    """
+    edges, seeds = list(batch.edges), batch.seeds(weights if scale is None else weights * scale)
+    if (aux := call.aux_batch()) is not None:
+        edges, seeds = edges + aux.edges, seeds + aux.seeds(scale)
+    inputs = [param for param in params if param.requires_grad]
+    torch.autograd.backward(edges, seeds, retain_graph=call.retain_graph, inputs=inputs)
+    if scale is None:
+        return True
+    grads = [param.grad for param in inputs if param.grad is not None]
+    return bool(largest_entry(grads, batch.values).isfinite())

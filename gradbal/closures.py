@@ -1,0 +1,71 @@
+"""Evaluating the losses once more after a step, leaving no trace."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from gradbal.losses import named_losses
+
+
+class Evaluations:
+    """A closure for the base optimizer around one from the user.
+
+    If the user's returns losses, each evaluation writes gradients and returns the value they
+    belong to. If it returns a scalar or None, it has done so itself, and nothing is added.
+
+    Args:
+        closure: The user's.
+        evaluate: Writes gradients for losses and auxiliary losses, given how many times.
+        aux: Auxiliary losses.
+    """
+
+    def __init__(
+        self, closure: Callable[[], Any], evaluate: Callable[..., Tensor], aux: Any
+    ) -> None:
+        self.closure, self.evaluate, self.aux = closure, evaluate, aux
+        self.count = 0
+
+    def __call__(self) -> Any:
+        """Evaluate once."""
+        with torch.enable_grad():
+            result = self.closure()
+        if not is_losses(result):
+            return result
+        self.count += 1
+        return self.evaluate(result, self.aux, self.count)
+
+
+def is_losses(result: object) -> bool:
+    """Say whether a closure returned losses rather than what torch's own closures return."""
+    return result is not None and not (isinstance(result, Tensor) and result.ndim == 0)
+
+
+def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Tensor]]:
+    """Evaluate the losses under ``no_grad``, then put random numbers and buffers back.
+
+    Buffers (running statistics, counters) are saved module by module as the forward pass comes to
+    them, so the model need not be known.
+    """
+    saved: dict[Tensor, Tensor] = {}
+
+    def save(module: nn.Module, args: object) -> None:
+        for buffer in module.buffers(recurse=False):
+            if buffer not in saved:
+                saved[buffer] = buffer.clone()
+
+    handle = register_module_forward_pre_hook(save)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
+            names, losses = named_losses(closure())
+            return names, [loss.detach().clone() for loss in losses]
+    finally:
+        handle.remove()
+        for buffer, old in saved.items():
+            buffer.copy_(old)
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

@@ -1,0 +1,273 @@
+"""Everything that a rule remembers: tasks, state, randomness and what is pending."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbal.learner import advance
+from gradbal.rule import Context, Rule, State
+from gradbal.state import grown, merged, new_state, part, per_task_options, task_axes
+
+VERSION = 1
+Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
+
+
+class Core:
+    """All mutable state of a rule, changed in place and never rebound on the optimizer.
+
+    ``state_dict`` holds only numbers, strings and tensors, so it loads with
+    ``torch.load(weights_only=True)`` and can be checkpointed by itself with
+    ``torch.distributed.checkpoint``.
+
+    Attributes:
+        rule: The rule, with its options.
+        learner: How learned tensors are stepped, ``"adam"`` or ``"sgd"``.
+        seed: Seed of all randomness.
+        names: Names of all tasks ever seen.
+        numbered: Whether the names are mere numbers, because the losses came as a list.
+        sets: The tasks that ever reached each parameter, as a bit set.
+        solved: Steps in which weights were solved.
+        skipped: Steps left out because something was not finite.
+        age: Steps since the last solve.
+        epoch: How often the user marked the end of an epoch, 0-dim.
+        generator: The only source of randomness.
+        state: The rule's tensors, by group and name.
+        held: Weights of the last solve, for steps that reuse them.
+        slopes: Gradients of learned tensors that the next step will apply.
+        decided: Tasks of the last solve, until the step that uses it.
+        awaiting: Tasks whose losses after the step the rule waits for.
+        rows: Pending task gradients, by parameter and task.
+        losses: Pending losses, by task.
+        aux: Pending gradients of auxiliary losses, by parameter.
+        choice: What an engine has settled on.
+    """
+
+    def __init__(
+        self, rule: Rule, *, tasks: int | Sequence[str] | None, learner: str, seed: int
+    ) -> None:
+        self.rule, self.seed = rule, seed
+        self.learner = rule.learner or learner
+        self.axes = task_axes(rule, self.learner)
+        self.names: list[str] = []
+        self.numbered = False
+        self.sets: dict[int, int] = {}
+        self.solved = self.skipped = self.age = 0
+        self.epoch = torch.zeros((), dtype=torch.int64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state: dict[str, State] = {}
+        self.held: State = {}
+        self.slopes: dict[str, State] = {}
+        self.decided: set[int] = set()
+        self.awaiting: set[int] = set()
+        self.rows: Rows = {}
+        self.losses: dict[int, Tensor] = {}
+        self.aux: dict[int, Tensor] = {}
+        self.choice: dict[str, Any] = {}
+        if tasks is not None:
+            self.numbered = isinstance(tasks, int)
+            self._grow([str(i) for i in range(tasks)] if isinstance(tasks, int) else list(tasks))
+
+    # ------------------------------------------------------------------ tasks
+
+    def number_tasks(self, names: Sequence[str] | None, count: int) -> list[int]:
+        """Return the number of each task, and make room for new ones.
+
+        Args:
+            names: The tasks' names, or None for losses in a list.
+            count: How many losses there are.
+
+        Raises:
+            ValueError: If a list has another length than before.
+        """
+        if names is None:
+            if not self.names:
+                self.numbered = True
+                self._grow([str(i) for i in range(count)])
+            if count != len(self.names):
+                raise ValueError(
+                    f"Losses: expected one loss for each of the {len(self.names)} tasks "
+                    f"({', '.join(self.names)}), got {count}; give a mapping to leave tasks out."
+                )
+            return list(range(count))
+        if self.numbered and any(name not in self.names for name in names):
+            if len(names) != len(self.names):
+                raise ValueError(
+                    f"Losses: expected a name for each of the {len(self.names)} tasks known by "
+                    f"number only, got {len(names)}; name all of them once, or use `tasks=`."
+                )
+            self.names, self.numbered = list(names), False
+        new = [name for name in names if name not in self.names]
+        if new:
+            self._grow([*self.names, *new])
+        return [self.names.index(name) for name in names]
+
+    def _grow(self, names: list[str]) -> None:
+        """Extend every tensor of every group to the new number of tasks."""
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"Tasks: expected distinct names, at least one, got {names!r}.")
+        per_task_options(self.rule, len(names))
+        for group, state in self.state.items():
+            device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+            self.state[group] = grown(state, self._new_state(len(names), device))
+        self.held.clear()
+        self.names = names
+
+    def _new_state(self, n_tasks: int, device: torch.device) -> State:
+        return new_state(self.rule, self.learner, n_tasks, device)
+
+    # ------------------------------------------------------------------ the rule
+
+    def context(self, group: str, tasks: Sequence[int], losses: Tensor, **known: Any) -> Context:
+        """Show the rule its working copy of the state, for the tasks at hand.
+
+        Args:
+            group: Name of the group.
+            tasks: Numbers of the tasks.
+            losses: Their losses, shape ``[m]``, on the device where the rule works.
+            **known: Further attributes of the context.
+        """
+        device = losses.device
+        if group not in self.state:
+            self.state[group] = self._new_state(len(self.names), device)
+        self.state[group] = {name: t.to(device) for name, t in self.state[group].items()}
+        self.epoch = self.epoch.to(device)
+        some = self._some(tasks)
+        return Context(
+            losses=losses,
+            state={n: part(t, self.axes[n], some) for n, t in self.state[group].items()},
+            generator=self.generator,
+            step=self.solved,
+            seed=self.seed,
+            epoch=self.epoch,
+            names=tuple(self.names[task] for task in tasks),
+            **known,
+        )
+
+    def commit(self, group: str, tasks: Sequence[int], ctx: Context) -> None:
+        """Keep what a rule has changed, and the gradients of what it learns."""
+        state, some = self.state[group], self._some(tasks)
+        for name, new in ctx.state.items():
+            state[name] = merged(state[name], new, self.axes[name], some)
+        for name, slope in ctx.slopes.items():
+            slopes = self.slopes.setdefault(group, {})
+            none = torch.zeros_like(state[name])
+            index = torch.tensor(tasks, device=slope.device)
+            slopes[name] = slopes.get(name, none).index_add(0, index, slope)
+            moving = f"{name}.moving"
+            slopes[moving] = slopes.get(moving, none).index_fill(0, index, 1)
+
+    def observe(self, tasks: Sequence[int], losses: Tensor) -> None:
+        """Show the rule the losses after a step."""
+        for group in list(self.state):
+            ctx = self.context(group, tasks, losses)
+            self.rule.observe(losses, ctx)
+            self.commit(group, tasks, ctx)
+
+    def learn(self, lr: float | Tensor) -> None:
+        """Step what the rule learns with the gradients gathered since the last step."""
+        for group, slopes in self.slopes.items():
+            for name in self.rule.learned:
+                if name in slopes:
+                    moving = slopes[f"{name}.moving"] > 0
+                    advance(self.state[group], name, slopes[name], moving, lr, self.learner)
+        self.slopes.clear()
+
+    def forget_step(self) -> None:
+        """Forget what waits for a step that will not come."""
+        self.slopes.clear()
+        self.decided = set()
+
+    def _some(self, tasks: Sequence[int]) -> Sequence[int] | None:
+        return None if list(tasks) == list(range(len(self.names))) else tasks
+
+    # ------------------------------------------------------------------ pending gradients
+
+    def put_aside(
+        self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
+    ) -> None:
+        """Add the gradients and losses of a piece to those that wait for the rest of the batch."""
+        whole = self.with_pending(rows, losses, aux)
+        self.rows, self.losses, self.aux = whole
+
+    def with_pending(
+        self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
+    ) -> tuple[Rows, dict[int, Tensor], dict[int, Tensor]]:
+        """Return these gradients, losses and auxiliary gradients with the pending ones added."""
+        columns = {n: _added(self.rows.get(n, {}), rows.get(n, {})) for n in {**self.rows, **rows}}
+        return columns, _added(self.losses, losses), _added(self.aux, aux)
+
+    def discard(self) -> None:
+        """Forget what is pending."""
+        self.rows, self.losses, self.aux = {}, {}, {}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on as if nothing had happened."""
+        tasks = {"names": self.names, "numbered": self.numbered, "sets": self.sets}
+        step = {"solved": self.solved, "skipped": self.skipped, "age": self.age}
+        state = {"groups": self.state, "held": self.held, "slopes": self.slopes}
+        pending = {"rows": self.rows, "losses": self.losses, "aux": self.aux}
+        waiting = {"decided": sorted(self.decided), "awaiting": sorted(self.awaiting)}
+        generator = {"seed": self.seed, "state": self.generator.get_state()}
+        return {
+            "version": VERSION,
+            "rule": repr(self.rule),
+            "tasks": _cloned(tasks),
+            "step": {**step, "epoch": self.epoch.clone()},
+            "generator": generator,
+            "state": _cloned(state),
+            "pending": {**_cloned(pending), **waiting},
+            "choice": _cloned(self.choice),
+        }
+
+    def verify(self, state_dict: Mapping[str, Any]) -> None:
+        """Say whether a checkpoint fits, without changing anything.
+
+        Raises:
+            ValueError: If it was written by a newer version or for another rule.
+        """
+        if state_dict["version"] > VERSION:
+            raise ValueError(
+                f"Checkpoint: written by version {state_dict['version']} of the state, this "
+                f"release reads up to {VERSION}; install a newer gradbal."
+            )
+        theirs, ours = state_dict["rule"].split("(")[0], repr(self.rule).split("(")[0]
+        if theirs != ours:
+            raise ValueError(
+                f"Checkpoint: holds the state of the rule {theirs}, this optimizer has {ours}; "
+                "build it with the same rule."
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If it does not fit, see :meth:`verify`.
+        """
+        self.verify(state_dict)
+        loaded = _cloned(state_dict)
+        tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
+        state, pending = loaded["state"], loaded["pending"]
+        self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]
+        self.solved, self.skipped, self.age = step["solved"], step["skipped"], step["age"]
+        self.epoch, self.seed = step["epoch"], generator["seed"]
+        self.generator.set_state(generator["state"].cpu())
+        self.state, self.held, self.slopes = state["groups"], state["held"], state["slopes"]
+        self.rows, self.losses, self.aux = pending["rows"], pending["losses"], pending["aux"]
+        self.decided, self.awaiting = set(pending["decided"]), set(pending["awaiting"])
+        self.choice = loaded["choice"]
+
+
+def _added(old: Mapping[int, Tensor], new: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {**old, **new, **{key: old[key] + new[key] for key in old.keys() & new.keys()}}
+
+
+def _cloned(tree: Any) -> Any:  # a tree of dicts and lists with tensors as leaves
+    if isinstance(tree, Mapping):
+        return {key: _cloned(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return list(tree)
+    return tree.clone() if isinstance(tree, Tensor) else tree

@@ -1,0 +1,8 @@
+"""Ways to take the cotangents of several tasks down through a piece of the graph."""
+
+from gradbal.crossing.loop import loop as loop
+from gradbal.crossing.segment import Cotangent as Cotangent
+from gradbal.crossing.segment import Cotangents as Cotangents
+from gradbal.crossing.segment import Rows as Rows
+from gradbal.crossing.segment import Segment as Segment
+from gradbal.crossing.vmap import Batch as Batch

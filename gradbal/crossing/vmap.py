@@ -1,0 +1,73 @@
+"""Several tasks in one pass, batched with ``torch.func.vmap``."""
+
+import itertools
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradbal.crossing.loop import loop
+from gradbal.crossing.segment import Cotangent, Cotangents, Rows, RowStream, Segment
+
+log = logging.getLogger("gradbal")
+
+
+class Batch:
+    """Take the cotangents down in chunks of tasks.
+
+    An operation that cannot be batched (a compiled region, a custom function that leaves torch,
+    a sparse gradient ...) sends the tasks one by one from then on, with one line in the log.
+
+    Args:
+        chunk_size: Tasks per pass; None for all at once.
+    """
+
+    def __init__(self, chunk_size: int | None = None) -> None:
+        self.chunk_size = chunk_size
+        self.refused = False
+
+    def __call__(self, segment: Segment, cotangents: Cotangents) -> RowStream:
+        queue = iter(cotangents)
+        while not self.refused and (chunk := list(itertools.islice(queue, self.chunk_size))):
+            try:
+                rows = _cross(segment, chunk)
+            except (RuntimeError, NotImplementedError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+                log.warning("Batched: going on one task at a time, because: %s", reason)
+                self.refused = True
+                queue = itertools.chain(chunk, queue)
+            else:
+                yield rows
+        yield from loop(segment, queue)
+
+
+def _cross(segment: Segment, chunk: Sequence[Cotangent]) -> Rows:
+    """Take one chunk down; the graph is kept, so that a failure can be made good."""
+    tasks = slice(chunk[0].task, chunk[-1].task + 1)
+    stacked = [_stack(values) for values in zip(*(c.values for c in chunk), strict=True)]
+    tops = [edge for edge, value in zip(segment.top, stacked, strict=True) if value is not None]
+    if not tops:
+        return Rows(tasks, [None] * len(segment.params))
+    missing: set[int] = set()
+
+    def pull(*values: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(
+            tops, list(segment.params), values, retain_graph=True, allow_unused=True
+        )
+        missing.update(i for i, grad in enumerate(grads) if grad is None)
+        return [values[0].new_zeros(()) if grad is None else grad for grad in grads]
+
+    with warnings.catch_warnings():  # an operation that loops inside is slower, not wrong
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        grads = torch.func.vmap(pull)(*(value for value in stacked if value is not None))
+    return Rows(tasks, [None if i in missing else grad for i, grad in enumerate(grads)])
+
+
+def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Stack cotangents of one edge, with zeros for tasks that do not pass it."""
+    some = next((value for value in values if value is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if v is None else v for v in values])

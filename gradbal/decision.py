@@ -1,0 +1,227 @@
+"""From what was found to weights: where the optimizer meets the rule."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradbal.core import Core
+from gradbal.record import StepRecord
+from gradbal.rule import Context, GradientRule, LossRule, Rule, WeightRule, Weights
+from gradbal.survey import Survey
+
+MODEL = "model"  # the group of everything
+Rows = Callable[[str], Mapping[int, Tensor]]
+
+
+@dataclass
+class Decision:
+    """What a rule made of one batch.
+
+    Attributes:
+        shared: Weights on the shared parameters of each group, shape ``[m]``; zero for tasks
+            that do not reach the group.
+        heads: Weights on task-specific parameters, shape ``[m]``; None for plain gradients.
+        direction: For elementwise rules the direction itself, by parameter.
+        contexts: For each group the numbers of its tasks and the context to commit.
+        reused: Whether the rule was not asked.
+    """
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    heads: Tensor | None = None
+    direction: dict[int, Tensor] | None = None
+    contexts: dict[str, tuple[list[int], Context]] = field(default_factory=dict)
+    reused: bool = False
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether one ordinary pass over the weighted losses gives all gradients."""
+        return self.heads is not None and self.heads is self.shared.get(MODEL)
+
+    def commit(self, core: Core) -> None:
+        """Let the core keep what the rule has changed."""
+        if self.reused:
+            core.age += 1
+            return
+        for group, (tasks, ctx) in self.contexts.items():
+            core.commit(group, tasks, ctx)
+        core.solved += 1
+        core.age = 0
+
+    def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
+        """Return what diagnostics will want to see."""
+        weights = list(self.shared.values())
+        stacked = torch.stack(weights) if weights else None
+        members = {
+            group: [i for i, name in enumerate(names) if name in ctx.names]
+            for group, (_, ctx) in self.contexts.items()
+        }
+        return StepRecord(
+            tasks=tuple(names),
+            losses=seen.losses,
+            weights=stacked[0] if stacked is not None and len(stacked) == 1 else stacked,
+            heads=self.heads,
+            grams={
+                group: gram[members[group]][:, members[group]]
+                for group, gram in seen.grams.items()
+                if group in members
+            },
+            members=members,
+            stats={group: dict(ctx.stats) for group, (_, ctx) in self.contexts.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How weights are applied.
+
+    Attributes:
+        scale: ``"sum"`` brings mean-like rules to the length of the summed gradient.
+        heads: ``"plain"``, ``"weighted"``, or None for the rule's own way.
+        capturable: Whether nothing may be read back.
+    """
+
+    scale: str = "native"
+    heads: str | None = None
+    capturable: bool = False
+
+    def factor(self, rule: Rule, n_tasks: int) -> int:
+        """Return what the rule's weights are multiplied by."""
+        return n_tasks if self.scale == "sum" and rule.scale == "mean" else 1
+
+    def split(self, rule: Rule, result: Tensor | Weights) -> tuple[Tensor, Tensor | None]:
+        """Return the weights on shared parameters, and those on heads or None for plain."""
+        shared, heads = result if isinstance(result, Weights) else (result, None)
+        factor = self.factor(rule, len(shared))
+        shared = shared if factor == 1 else shared * factor
+        if self.heads == "plain":
+            return shared, None
+        if heads is not None:
+            return shared, heads * factor
+        return shared, shared if (self.heads or rule.heads) == "weighted" else None
+
+
+def decide(
+    core: Core,
+    policy: Policy,
+    tasks: Sequence[int],
+    members: Mapping[str, Sequence[int]],
+    seen: Survey,
+    eps: float = torch.finfo(torch.float64).eps,
+    rows: Rows | None = None,
+    scale: Tensor | None = None,
+) -> Decision:
+    """Ask the rule, once for each group.
+
+    Args:
+        core: The state; it changes only when the decision is committed.
+        policy: How weights are applied.
+        tasks: Numbers of the present tasks.
+        members: For each group the positions of the tasks that reach it.
+        seen: Gram matrices and losses.
+        eps: Relative rounding error of the Gram matrices.
+        rows: Gives the task gradients of a group, by parameter, for elementwise rules.
+        scale: Factor by which these were multiplied.
+    """
+    rule, decision = core.rule, Decision()
+    if not isinstance(rule, WeightRule | GradientRule):
+        raise TypeError(f"{type(rule).__name__}: must be a LossRule, GramRule or GradientRule.")
+    if isinstance(rule, LossRule):
+        members = {MODEL: range(len(tasks))}
+    for group, positions in members.items():
+        part = _Part(tasks, positions, seen.losses.device)
+        numbers = [tasks[i] for i in positions]
+        ctx = core.context(
+            group,
+            numbers,
+            part.pick(seen.losses),
+            values=None if seen.values is None else [seen.values[i] for i in positions],
+            capturable=policy.capturable,
+            eps=eps,
+        )
+        decision.contexts[group] = (numbers, ctx)
+        if isinstance(rule, GradientRule):
+            stacks = rows(group) if rows is not None else {}
+            found = _direct(rule, part, stacks, ctx, scale, policy)
+            decision.direction = {**(decision.direction or {}), **found}
+            continue
+        by_loss = isinstance(rule, LossRule)
+        signal = ctx.losses if by_loss else part.pick_square(seen.grams[group])
+        shared, heads = policy.split(rule, rule.weights(signal, ctx))
+        decision.shared[group] = part.spread(shared, 0.0)
+        if heads is shared and part.whole:
+            decision.heads = decision.shared[group]
+        elif heads is not None:
+            decision.heads = part.spread(heads, 1.0)
+    return decision
+
+
+def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
+    """Remember the weights of a decision, for steps that reuse them."""
+    if decision.reused or MODEL not in decision.shared:
+        return
+    shared = decision.shared[MODEL]
+    index = torch.tensor(tasks, device=shared.device)
+    whole = shared.new_zeros(len(core.names))
+    core.held["tasks"] = whole.index_fill(0, index, 1)
+    core.held["shared"] = whole.index_copy(0, index, shared)
+    core.held.pop("heads", None)
+    if decision.heads is not None:
+        core.held["heads"] = whole.index_copy(0, index, decision.heads)
+    core.held["one pass"] = torch.tensor(decision.in_one_pass)
+
+
+def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
+    """Return the held weights for these tasks, or None if they do not cover them all."""
+    held = core.held
+    if not held:
+        return None
+    index = torch.tensor(tasks, device=held["tasks"].device)
+    if not held["tasks"][index].all():
+        return None
+    shared = held["shared"][index]
+    heads = held["heads"][index] if "heads" in held else None
+    return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)
+
+
+@dataclass
+class _Part:
+    """Some of the present tasks."""
+
+    tasks: Sequence[int]
+    positions: Sequence[int]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.whole = len(self.positions) == len(self.tasks)
+        self.index = None if self.whole else torch.tensor(self.positions, device=self.device)
+
+    def pick(self, vector: Tensor) -> Tensor:
+        return vector if self.index is None else vector[self.index]
+
+    def pick_square(self, matrix: Tensor) -> Tensor:
+        return matrix if self.index is None else matrix[self.index[:, None], self.index]
+
+    def spread(self, vector: Tensor, default: float) -> Tensor:
+        if self.index is None:
+            return vector
+        return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
+
+
+def _direct(
+    rule: GradientRule,
+    part: _Part,
+    stacks: Mapping[int, Tensor],
+    ctx: Context,
+    scale: Tensor | None,
+    policy: Policy,
+) -> dict[int, Tensor]:
+    """Ask an elementwise rule, which must not see the factor on the gradients."""
+    grads = [part.pick(stack) for stack in stacks.values()]
+    length: Tensor | int = policy.factor(rule, len(part.positions))
+    if scale is not None:
+        grads = [grad / scale for grad in grads]
+        length = length * scale
+    directions = rule.direction(grads, list(stacks), ctx)
+    return {n: d * length for n, d in zip(stacks, directions, strict=True)}

@@ -1,0 +1,314 @@
+"""From losses to task gradients: plan, heads, crossing and sink put together."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradbal import crossing
+from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
+from gradbal.crossing import Segment
+from gradbal.decision import MODEL, Decision, Rows
+from gradbal.engines import Engine, Representation
+from gradbal.graph import Plan, make_plan, members, several
+from gradbal.heads import Heads, Sink, descend
+from gradbal.losses import Batch
+from gradbal.representation import boundary, check_marks, gram_only, watch
+from gradbal.sinks import Aside, GramOnly, Keep
+
+log = logging.getLogger("gradbal")
+
+PendingRows = dict[int, dict[int, Tensor]]  # by parameter, then by task
+
+
+@dataclass
+class TaskGradients:
+    """The gradients of the present tasks, in whatever form the sink keeps them.
+
+    Attributes:
+        tasks: Numbers of the tasks.
+        heads: Gradients of parameters that belong to one task.
+        sink: Gradients of shared parameters.
+        members: For each group the positions of the tasks that reach it.
+        reached: Parameters that some of these tasks reach.
+        eps: Relative rounding error of Gram matrices made from them.
+    """
+
+    tasks: list[int]
+    heads: Heads
+    sink: Keep | GramOnly
+    members: dict[str, list[int]]
+    reached: set[int]
+    eps: float
+
+    def grams(self, scaled: bool) -> dict[str, Tensor]:
+        """Return the Gram matrix of each group, over all tasks."""
+        return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
+
+    @property
+    def rows(self) -> Rows | None:
+        """What gives the rows of a group, if they were kept."""
+        return self.sink.stacks if isinstance(self.sink, Keep) else None
+
+
+class Descent:
+    """Compute task gradients. Holds what is reused from step to step and nothing that is saved.
+
+    Args:
+        base: Whose parameters count.
+        engine: How cotangents are taken down.
+        shared: Parameters to treat as shared; None to find them.
+        groups: How shared parameters are grouped.
+        norms_only: Whether the rule looks at the lengths of task gradients alone.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        engine: Engine,
+        shared: Sequence[Tensor] | None,
+        groups: Groups,
+        *,
+        norms_only: bool = False,
+    ) -> None:
+        self.base, self.engine, self.groups = base, engine, groups
+        self.crossing = engine.crossing()
+        self.keep = Keep()
+        self.params: list[Tensor] = []
+        self.index: dict[int, int] = {}
+        self.grouped: dict[int, str] = {}
+        self.told: set[str] = set()
+        self.seen = False
+        self.refresh()
+        self.shared = None if shared is None else numbers_in(shared, self.index)
+        assign_groups(groups, (), self.index)  # raises now if a group names strangers
+        modules = engine.modules if isinstance(engine, Representation) else ()
+        self.n_modules = len(modules)
+        self.tag = object() if modules else None
+        self.hooks = watch(modules, self.tag)
+        self.pool = isinstance(engine, Representation) and engine.pool is not None
+        self.mixed = norms_only or self.pool
+
+    def refresh(self) -> None:
+        """Notice parameters that joined or were replaced."""
+        params = parameter_list(self.base)
+        if list(map(id, params)) != list(map(id, self.params)):
+            self.params = params
+            self.index = {id(param): number for number, param in enumerate(params)}
+            self.keep, self.grouped = Keep(), {}
+
+    def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
+        """Walk the graph.
+
+        Args:
+            batch: The present losses.
+            known: Tasks that reached each parameter in earlier steps.
+            found: Cut where the graphs meet, also if the engine names modules.
+
+        Raises:
+            ValueError: If the losses reach no parameter of the optimizer.
+            RuntimeError: If the engine looks at a representation and there is none.
+        """
+        tag = None if found else self.tag
+        looks = isinstance(self.engine, Representation) and not found
+        plan = make_plan(
+            batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
+        )
+        if not plan.reached:
+            raise ValueError(
+                "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
+                "the parameters of the model that made them."
+            )
+        if tag is not None:
+            check_marks(plan, self.n_modules, mixed=self.mixed)
+        elif looks and not plan.cut and len(batch.tasks) > 1:
+            raise RuntimeError(
+                "Representation: the tasks' graphs meet in parameters only, so there is no "
+                "representation to look at; name a module or choose another engine."
+            )
+        self._tell(plan)
+        self.seen = True
+        return plan
+
+    def gather(
+        self,
+        plan: Plan,
+        batch: Batch,
+        known: Mapping[int, int],
+        scale: Tensor | None,
+        n_rows: int,
+        *,
+        at_cut: bool = False,
+        retain_graph: bool = False,
+    ) -> TaskGradients:
+        """Compute the task gradients, down to the parameters or only to the cut.
+
+        Args:
+            plan: The plan.
+            batch: The present losses.
+            known: Tasks that ever reached each parameter, this batch included.
+            scale: Factor on all gradients; None for 1.
+            n_rows: Number of tasks that may ever be present.
+            at_cut: Stay at the cut, whatever the engine.
+            retain_graph: Keep the graph.
+        """
+        heads, shared = Heads(), self.shared_numbers(known)
+        sink: Keep | GramOnly
+        if at_cut or isinstance(self.engine, Representation):
+            sink = gram_only(plan, len(batch.tasks), pool=self.pool and not at_cut)
+            edges, seeds = boundary(plan), batch.seeds(scale)
+            for cotangent in descend(
+                plan, self.params, seeds, heads, sink, edges=edges, retain_graph=True
+            ):
+                sink.held.append(cotangent.values)
+        else:
+            sink = self.keep
+            sink.open(self.params, self._group(shared), plan.sparse, n_rows, len(batch.tasks))
+            self._cross(plan, batch.seeds(scale), heads, sink, retain_graph)
+            sink.close()
+        reached = {n: tasks for n, tasks in plan.reached.items() if n in shared}
+        found = self._members(reached, batch.tasks, at_cut=isinstance(sink, GramOnly))
+        return TaskGradients(batch.tasks, heads, sink, found, set(plan.reached), self._eps(shared))
+
+    def rows(
+        self, plan: Plan, batch: Batch, scale: Tensor | None, *, retain_graph: bool
+    ) -> PendingRows:
+        """Compute the task gradients of everything, by parameter and task.
+
+        Raises:
+            RuntimeError: If the engine makes no rows.
+        """
+        if isinstance(self.engine, Representation):
+            raise RuntimeError(
+                "Representation: its rows belong to the inputs of one batch, so they cannot be "
+                "accumulated; use Sequential or Batched."
+            )
+        heads, aside = Heads(), Aside(batch.tasks)
+        self._cross(plan, batch.seeds(scale), heads, aside, retain_graph)
+        for task, grads in zip(batch.tasks, heads.grads, strict=True):
+            for number, grad in grads.items():
+                aside.rows.setdefault(number, {})[task] = grad
+        return aside.rows
+
+    def from_rows(
+        self, rows: PendingRows, tasks: list[int], known: Mapping[int, int], n_rows: int
+    ) -> TaskGradients:
+        """Put rows that were set aside back into the form of one batch.
+
+        Args:
+            rows: Gradients, by parameter and task.
+            tasks: Numbers of the tasks.
+            known: Tasks that ever reached each parameter.
+            n_rows: Number of tasks that may ever be present.
+        """
+        position = {task: i for i, task in enumerate(tasks)}
+        heads, shared = Heads([{} for _ in tasks]), self.shared_numbers(known)
+        sparse = {n for n, column in rows.items() if any(g.is_sparse for g in column.values())}
+        self.keep.open(self.params, self._group(shared), sparse, n_rows, len(tasks))
+        for number, column in rows.items():
+            for task, grad in column.items():
+                if number in shared:
+                    self.keep.take([number], crossing.Rows(position[task], [grad]))
+                else:
+                    heads.grads[position[task]][number] = grad
+        self.keep.close()
+        reached = {n: sum(1 << task for task in rows[n]) for n in rows if n in shared}
+        found = self._members(reached, tasks, at_cut=False)
+        return TaskGradients(tasks, heads, self.keep, found, set(rows), self._eps(shared))
+
+    def direction(
+        self, plan: Plan, gradients: TaskGradients, decision: Decision, *, retain_graph: bool
+    ) -> dict[int, Tensor]:
+        """Return the gradient of every parameter: heads, trunk and what lies beside it."""
+        sink = gradients.sink
+        out = gradients.heads.direction(decision.heads)
+        if decision.direction is not None:
+            shared = decision.direction
+        elif isinstance(sink, Keep):
+            in_place = all(self.params[number].grad is None for number in sink.groups)
+            shared = sink.direction(decision.shared.__getitem__, in_place=in_place)
+        elif gradients.members:
+            weights = decision.shared[MODEL]
+            shared = sink.direction(weights) | self._pull(plan, sink, weights, retain_graph)
+        else:
+            shared = {}
+        return out | {n: grad for n, grad in shared.items() if n in gradients.reached}
+
+    def shared_numbers(self, known: Mapping[int, int]) -> set[int]:
+        """Return the parameters that are shared, now or by what was seen before."""
+        if self.shared is not None:
+            return self.shared
+        return {number for number, tasks in known.items() if several(tasks)}
+
+    def tell_once(self, topic: str, message: str) -> None:
+        """Put a line into the log, unless it is there already."""
+        if topic not in self.told:
+            self.told.add(topic)
+            log.warning(message)
+
+    def _cross(
+        self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
+    ) -> None:
+        """Go down through heads and trunk, giving every row to the sink."""
+        edges = plan.cut if plan.trunk else ()
+        keep = retain_graph or bool(plan.trunk)
+        cotangents = descend(plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep)
+        segment = Segment(edges, [self.params[number] for number in plan.trunk], retain_graph)
+        for rows in self.crossing(segment, cotangents):
+            sink.take(plan.trunk, rows)
+
+    def _pull(
+        self, plan: Plan, sink: GramOnly, weights: Tensor, retain_graph: bool
+    ) -> dict[int, Tensor]:
+        """Take the weighted sum of all cotangents down through the trunk."""
+        values = sink.cotangent(weights, len(plan.cut))
+        pairs = [(e, v) for e, v in zip(plan.cut, values, strict=True) if v is not None]
+        if not pairs or not plan.trunk:
+            return {}
+        grads = torch.autograd.grad(
+            [edge for edge, _ in pairs],
+            [self.params[number] for number in plan.trunk],
+            [value for _, value in pairs],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        found = zip(plan.trunk, grads, strict=True)
+        return {number: grad for number, grad in found if grad is not None}
+
+    def _group(self, shared: set[int]) -> dict[int, str]:
+        if self.grouped.keys() != shared:
+            self.grouped = assign_groups(self.groups, sorted(shared), self.index)
+        return self.grouped
+
+    def _members(
+        self, reached: Mapping[int, int], tasks: Sequence[int], *, at_cut: bool
+    ) -> dict[str, list[int]]:
+        """Return for each group the positions of the tasks that reach it."""
+        sets: dict[str, int] = {}
+        for number, bits in reached.items():
+            group = MODEL if at_cut else self.grouped[number]
+            sets[group] = sets.get(group, 0) | bits
+        position = {task: i for i, task in enumerate(tasks)}
+        return {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
+
+    def _eps(self, shared: set[int]) -> float:
+        double = all(self.params[number].dtype == torch.float64 for number in shared)
+        return torch.finfo(torch.float64 if double else torch.float32).eps
+
+    def _tell(self, plan: Plan) -> None:
+        """Say once in the log what users may not expect."""
+        if plan.foreign:
+            self.tell_once(
+                "foreign",
+                f"{plan.foreign} parameters under the losses belong to no group of the base "
+                "optimizer; their gradients are left alone.",
+            )
+        roots = {root.node for root in plan.roots}
+        if len(plan.roots) > 1 and any(edge.node in roots for edge in plan.cut):
+            self.tell_once(
+                "one node",
+                "One operation makes several losses (a compiled model or a head with several "
+                "outputs), so every parameter under it counts as shared.",
+            )

@@ -1,0 +1,87 @@
+"""The task gradients of one call: of this batch, and of what was put aside before it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradbal.calls import Call, aux_gradients
+from gradbal.core import Core
+from gradbal.descent import Descent, TaskGradients
+from gradbal.graph import Plan
+from gradbal.heads import largest_entry
+from gradbal.losses import Batch
+from gradbal.survey import Survey, survey
+
+
+@dataclass
+class Gathered:
+    """Task gradients with what belongs to them.
+
+    Attributes:
+        plan: The plan of the newest batch.
+        known: Tasks that ever reached each parameter, as bit sets.
+        gradients: The task gradients.
+        losses: The losses, shape ``[m]``.
+        aux: Gradients of auxiliary losses, by parameter.
+    """
+
+    plan: Plan
+    known: dict[int, int]
+    gradients: TaskGradients
+    losses: Tensor
+    aux: dict[int, Tensor]
+
+    @property
+    def tasks(self) -> list[int]:
+        """Numbers of the present tasks."""
+        return self.gradients.tasks
+
+    def survey(self, scale: Tensor | None, *, grams: bool, capturable: bool) -> Survey:
+        """Look at Gram matrices, losses and whether everything is finite, in one trip."""
+        return survey(
+            self.gradients.grams if grams else lambda scaled: {},
+            self.losses,
+            self.gradients.heads.sizes(self.losses),
+            largest_entry(self.aux.values(), self.losses),
+            scale,
+            capturable=capturable,
+        )
+
+
+def gather(
+    descent: Descent, core: Core, batch: Batch, scale: Tensor | None, call: Call, *, at_cut: bool
+) -> Gathered | None:
+    """Compute the task gradients of a batch and add what was put aside before.
+
+    Args:
+        descent: Computes them.
+        core: Holds what is pending.
+        batch: The present losses.
+        scale: Factor on all gradients; None for 1.
+        call: The arguments of the call.
+        at_cut: Stay at the cut, whatever the engine.
+
+    Returns:
+        None if this batch is put aside, too.
+    """
+    plan = descent.plan(batch, core.sets, found=at_cut)
+    known = dict(core.sets)
+    for number, reached in plan.reached.items():
+        known[number] = known.get(number, 0) | reached
+    aux = aux_gradients(call.aux_batch(), descent.params, scale)
+    count, retain = len(core.names), call.retain_graph
+    if not call.accumulate and not core.rows:
+        gradients = descent.gather(
+            plan, batch, known, scale, count, at_cut=at_cut, retain_graph=retain
+        )
+        return Gathered(plan, known, gradients, batch.values, aux)
+    piece = descent.rows(plan, batch, scale, retain_graph=retain)
+    if call.accumulate:
+        core.put_aside(piece, batch.by_task(), aux)
+        core.sets = known
+        return None
+    rows, losses, aux = core.with_pending(piece, batch.by_task(), aux)
+    tasks = sorted(losses)
+    gradients = descent.from_rows(rows, tasks, known, count)
+    return Gathered(plan, known, gradients, torch.stack([losses[task] for task in tasks]), aux)

@@ -1,0 +1,58 @@
+"""Writing directions into ``.grad``."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Writer:
+    """Write into ``.grad`` as ``loss.backward()`` would: add, in the strides of the parameter.
+
+    Storage for gradients is kept from step to step and used whenever a parameter has no ``.grad``.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def add(
+        self, params: Sequence[Tensor], grads: Mapping[int, Tensor], lent: Mapping[int, Tensor]
+    ) -> None:
+        """Add gradients to ``.grad``.
+
+        Args:
+            params: All parameters.
+            grads: What to add, by number of the parameter.
+            lent: Storage that belongs to somebody else, by number; a gradient that already lies
+                there is attached as it is.
+        """
+        into: list[Tensor] = []
+        dense: list[Tensor] = []
+        fresh: list[Tensor] = []
+        copies: list[Tensor] = []
+        for number, grad in grads.items():
+            param = params[number]
+            old = param.grad
+            if grad.is_sparse or (old is not None and old.is_sparse):
+                param.grad = grad.clone() if old is None else old + grad
+            elif old is not None:
+                into.append(old)
+                dense.append(grad)
+            else:
+                place = lent.get(number)
+                if place is None:
+                    place = self._buffer(number, param)
+                if place is not grad:
+                    fresh.append(place)
+                    copies.append(grad)
+                param.grad = place
+        if fresh:
+            torch._foreach_copy_(fresh, copies)
+        if into:
+            torch._foreach_add_(into, dense)
+
+    def _buffer(self, number: int, param: Tensor) -> Tensor:
+        buffer = self.buffers.get(number)
+        if buffer is None or buffer.shape != param.shape or buffer.device != param.device:
+            buffer = self.buffers[number] = torch.empty_like(param, requires_grad=False)
+        return buffer

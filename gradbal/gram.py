@@ -1,0 +1,82 @@
+"""Inner products and combinations of rows, in a precision that can be trusted."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**20  # columns that are converted at a time
+TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
+
+
+def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
+    """Compute the inner products of rows.
+
+    Products are accumulated in at least float32, never in TF32, whatever the global flags say.
+
+    Args:
+        rows: Shape ``[m, n]``.
+        scaled: First divide by the power of two next to the largest entry, so that nothing
+            under- or overflows; costs one more read.
+
+    Returns:
+        Shape ``[m, m]``, float64, on the device of ``rows``.
+    """
+    if not scaled and _is_plain(rows):
+        return (rows @ rows.T).double()
+    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
+    if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        dtype = torch.float64
+    total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
+    exponent = torch.zeros((), dtype=torch.int32, device=rows.device)
+    if scaled and rows.numel():
+        largest = torch.stack(
+            [chunk.abs().amax() for chunk in torch.split(rows, CHUNK, dim=1)]
+        ).amax()
+        exponent = torch.frexp(largest.double()).exponent
+    for chunk in torch.split(rows, CHUNK, dim=1):
+        chunk = chunk.to(dtype)
+        if scaled:
+            chunk = torch.ldexp(torch.ldexp(chunk, -(exponent // 2)), exponent // 2 - exponent)
+        total += (chunk @ chunk.T).double()
+    return torch.ldexp(total, 2 * exponent)
+
+
+def sparse_gram(rows: Sequence[Tensor | None]) -> Tensor:
+    """Compute the inner products of sparse rows; None counts as zero."""
+    some = next(row for row in rows if row is not None)
+    wide = [None if row is None else _widened(row) for row in rows]
+    total = torch.zeros((len(rows), len(rows)), dtype=torch.float64, device=some.device)
+    for i, a in enumerate(wide):
+        for j, b in enumerate(wide[: i + 1]):
+            if a is not None and b is not None:
+                total[i, j] = total[j, i] = (a * b).sum()
+    return total
+
+
+def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute the weighted sum of rows.
+
+    Args:
+        rows: Shape ``[m, n]``.
+        weights: Shape ``[m]``, float64, on the device of ``rows``.
+        out: Where to write, shape ``[n]``; None for a new tensor.
+    """
+    if out is None:
+        out = rows.new_empty(rows.shape[1])
+    if _is_plain(rows):
+        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
+    for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
+        part.copy_(torch.mv(chunk.float().T, weights.float()))
+    return out
+
+
+def _is_plain(rows: Tensor) -> bool:
+    if rows.dtype == torch.float64:
+        return True
+    tf32 = rows.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return rows.dtype == torch.float32 and not tf32
+
+
+def _widened(row: Tensor) -> Tensor:
+    return row.coalesce().double() if row.is_sparse else row.double()

@@ -1,0 +1,264 @@
+"""The plan: which parameters the tasks share, and where their graphs meet."""
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Boundary = tuple[GradientEdge, ...]
+Place = tuple[int, int]  # which module, which of its outputs
+
+
+class Marked(NamedTuple):
+    """An edge at a module's output, and the tasks above it as a bit set."""
+
+    edge: GradientEdge
+    place: Place
+    tasks: int
+
+
+LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # AccumulateGrad
+
+
+@dataclass
+class Plan:
+    """What one batch of losses asks of the recorded graph; tasks are numbered as given.
+
+    Attributes:
+        roots: Where each task's loss stands in the graph.
+        own: Per task, the parameters that are its alone.
+        above: Per task, the shared parameters that it reaches beside the trunk.
+        cut: Edges where the tasks' graphs meet; none lies below another.
+        trunk: Shared parameters below the cut.
+        marked: Edges that were marked with the tag.
+        reached: The tasks that reach each parameter in this graph, as a bit set.
+        sparse: Parameters whose gradients come out sparse.
+        foreign: How many reached parameters belong to no group of the optimizer.
+        nodes: Size of the graph.
+    """
+
+    roots: list[GradientEdge]
+    own: list[list[int]]
+    above: list[list[int]]
+    cut: Boundary
+    trunk: list[int] = field(default_factory=list)
+    marked: list[Marked] = field(default_factory=list)
+    reached: dict[int, int] = field(default_factory=dict)
+    sparse: set[int] = field(default_factory=set)
+    foreign: int = 0
+    nodes: int = 0
+
+
+@dataclass
+class Walk:
+    """The graph under the roots.
+
+    Attributes:
+        order: Every node after all nodes that use it.
+        tasks: The roots above each node, as a bit set.
+        sparse: Leaves used by an operation whose gradient is sparse.
+    """
+
+    order: list[Node]
+    tasks: dict[Node, int]
+    sparse: set[Node]
+
+
+def make_plan(
+    roots: Sequence[GradientEdge],
+    tasks: Sequence[int],
+    index: Mapping[int, int],
+    *,
+    known: Mapping[int, int] | None = None,
+    shared: Collection[int] | None = None,
+    tag: Hashable = None,
+) -> Plan:
+    """Find heads, cut and trunk.
+
+    A parameter is a leaf of the graph that the optimizer knows. It is shared if several tasks
+    reach it, now or in an earlier step.
+
+    Args:
+        roots: Where each present task's loss stands.
+        tasks: The number of each of these tasks.
+        index: Number of each parameter of the optimizer, by ``id``.
+        known: The tasks that reached a parameter in earlier steps, as a bit set.
+        shared: Numbers of the parameters to treat as shared; None to find them.
+        tag: The cut is to be at the edges that were marked with this key, see :func:`mark`;
+            None for where the tasks' graphs meet.
+    """
+    walk = walk_graph(roots, tasks)
+    marked = marked_edges(walk, tag)
+    if tag is None:
+        region = {node for node in walk.order if several(walk.tasks[node])}
+    else:
+        region = nodes_below([edge.node for edge, *_ in marked])
+    entries = meeting_nodes(walk, region, {root.node for root in roots})
+    plan = Plan(
+        roots=list(roots),
+        own=[[] for _ in roots],
+        above=[[] for _ in roots],
+        cut=edges_into({node for node in entries if type(node) is not LEAF}, walk, roots),
+        marked=marked,
+        nodes=len(walk.order),
+    )
+    position = {task: i for i, task in enumerate(tasks)}
+    for node in walk.order:
+        if type(node) is not LEAF:
+            continue
+        number = index.get(id(node.variable))  # type: ignore[attr-defined]  # of AccumulateGrad
+        if number is None:
+            plan.foreign += 1
+            continue
+        reached = plan.reached[number] = walk.tasks[node]
+        if node in walk.sparse:
+            plan.sparse.add(number)
+        if shared is None:
+            is_shared = several(reached | (known or {}).get(number, 0))
+        else:
+            is_shared = number in shared
+        if is_shared and node in region and node not in entries:
+            plan.trunk.append(number)
+        else:
+            place = plan.above if is_shared else plan.own
+            for task in members(reached):
+                place[position[task]].append(number)
+    return plan
+
+
+def several(tasks: int) -> bool:
+    """Say whether a bit set has more than one member."""
+    return tasks & (tasks - 1) != 0
+
+
+def members(tasks: int) -> list[int]:
+    """Return the members of a bit set, ascending."""
+    return [task for task in range(tasks.bit_length()) if tasks >> task & 1]
+
+
+def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
+    """Visit every node under the roots and note the tasks above it."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    for root in roots:
+        stack = [(root.node, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack.extend((n, False) for n, _ in node.next_functions if n and n not in seen)
+    order.reverse()
+    tasks = dict.fromkeys(order, 0)
+    for number, root in zip(numbers, roots, strict=True):
+        tasks[root.node] |= 1 << number
+    sparse: set[Node] = set()
+    for node in order:
+        above = tasks[node]
+        for below, _ in node.next_functions:
+            if below is not None:
+                tasks[below] |= above
+                if type(below) is LEAF and getattr(node, "_saved_sparse", False):
+                    sparse.add(below)
+    return Walk(order, tasks, sparse)
+
+
+def mark(output: object, tag: Hashable, module: int) -> None:
+    """Mark the graph where a module's output stands; the mark lives and dies with the graph."""
+    for number, tensor in enumerate(tensors_in(output)):
+        if tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            _metadata(edge.node).setdefault(tag, {})[edge.output_nr] = (module, number)
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and mappings, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [tensor for branch in tree for tensor in tensors_in(branch)]
+    return []
+
+
+def _metadata(node: Node) -> dict[Hashable, dict[int, Place]]:
+    """Return the dict that every node carries (torch's stub calls it a method)."""
+    return node.metadata  # type: ignore[return-value]
+
+
+def marked_edges(walk: Walk, tag: Hashable) -> list[Marked]:
+    """Return the marked edges in the graph, in the order of the walk."""
+    if tag is None:
+        return []
+    return [
+        Marked(GradientEdge(node, output), place, walk.tasks[node])
+        for node in walk.order
+        for output, place in _metadata(node).get(tag, {}).items()
+    ]
+
+
+def nodes_below(tops: Sequence[Node]) -> set[Node]:
+    """Return the nodes given and everything they depend on."""
+    found: set[Node] = set()
+    stack = list(tops)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(below for below, _ in node.next_functions if below is not None)
+    return found
+
+
+def meeting_nodes(walk: Walk, region: set[Node], tops: set[Node]) -> set[Node]:
+    """Find the nodes where a region is entered, after making it smaller where it must be.
+
+    While an entrance lies below another node of the region, everything from which it can be
+    reached is taken out, so that in the end no entrance lies below another and each path from a
+    loss enters once.
+
+    Args:
+        walk: The graph.
+        region: Nodes, with everything below them; what is taken out leaves this set, too.
+        tops: Nodes of the losses, entered from outside.
+    """
+    users: dict[Node, list[Node]] = {}
+    entries = tops & region
+    for node in walk.order:
+        inside = node in region
+        for below, _ in node.next_functions:
+            if below in region:
+                if inside:
+                    users.setdefault(below, []).append(node)
+                else:
+                    entries.add(below)
+    outside: set[Node] = set()
+    queue = list(entries)
+    while queue:
+        stack = list(users.get(queue.pop(), ()))
+        while stack:
+            node = stack.pop()
+            if node in outside:
+                continue
+            outside.add(node)
+            entries.discard(node)
+            stack.extend(users.get(node, ()))
+            for below, _ in node.next_functions:
+                if below is not None and below not in outside and below not in entries:
+                    entries.add(below)
+                    queue.append(below)
+    region -= outside
+    return entries
+
+
+def edges_into(nodes: set[Node], walk: Walk, roots: Sequence[GradientEdge]) -> Boundary:
+    """Return every edge that leads into one of the nodes, each once."""
+    slots = {(root.node, root.output_nr): None for root in roots if root.node in nodes}
+    for node in walk.order:
+        slots.update(((below, n), None) for below, n in node.next_functions if below in nodes)
+    return tuple(GradientEdge(node, number) for node, number in slots)

@@ -1,0 +1,96 @@
+"""From the losses down to the cut: each head is differentiated once."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradbal.crossing import Cotangent, Rows
+from gradbal.graph import Boundary, Plan
+
+
+class Sink(Protocol):
+    """What takes rows of task gradients."""
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Take the gradients of some tasks for some parameters, given by number."""
+
+
+@dataclass
+class Heads:
+    """Gradients of parameters that belong to one task, by task and parameter."""
+
+    grads: list[dict[int, Tensor]] = field(default_factory=list)
+
+    def sizes(self, like: Tensor) -> Tensor:
+        """Return the largest absolute entry for each task, shape ``[m]``, like another tensor."""
+        return torch.stack([largest_entry(grads.values(), like) for grads in self.grads])
+
+    def direction(self, weights: Sequence[float] | Tensor | None) -> dict[int, Tensor]:
+        """Return each parameter's gradient, times its task's weight if there are weights."""
+        out: dict[int, Tensor] = {}
+        for task, grads in enumerate(self.grads):
+            for number, grad in grads.items():
+                if weights is not None:
+                    weight = weights[task]
+                    weight = weight.to(grad.device) if isinstance(weight, Tensor) else weight
+                    grad = (grad * weight).to(grad.dtype)
+                out[number] = out[number] + grad if number in out else grad
+        return out
+
+
+def largest_entry(grads: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Return the largest absolute entry of some tensors, 0-dim; not finite if one entry is."""
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    dense = [grad for grad in dense if grad.numel()]
+    if not dense:
+        return like.new_zeros(())
+    sizes = torch._foreach_norm(dense, float("inf"))
+    return torch.stack([size.to(like) for size in sizes]).amax()
+
+
+def descend(
+    plan: Plan,
+    params: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    heads: Heads,
+    sink: Sink,
+    *,
+    edges: Boundary,
+    retain_graph: bool,
+) -> Iterator[Cotangent]:
+    """Differentiate one head after the other, each when its cotangents are asked for.
+
+    Gradients of the task's own parameters go to ``heads``, those of shared parameters beside the
+    cut to ``sink``.
+
+    Args:
+        plan: The plan.
+        params: All parameters of the optimizer.
+        seeds: Initial gradient of each loss.
+        heads: Takes own gradients.
+        sink: Takes shared gradients beside the cut.
+        edges: Where cotangents are wanted.
+        retain_graph: Whether the graph is still needed after the last head.
+    """
+    last = len(plan.roots) - 1
+    for task, root in enumerate(plan.roots):
+        own, above = plan.own[task], plan.above[task]
+        inputs: list[Any] = [*edges, *(params[number] for number in (*own, *above))]  # both kinds
+        grads: Sequence[Tensor | None] = ()
+        if inputs:
+            grads = torch.autograd.grad(
+                [root],
+                inputs,
+                [seeds[task]],
+                retain_graph=retain_graph or task < last,
+                allow_unused=True,
+            )
+        beside = grads[len(edges) :]
+        pairs = zip(own, beside, strict=False)
+        heads.grads.append({number: grad for number, grad in pairs if grad is not None})
+        if above:
+            sink.take(above, Rows(task, beside[len(own) :]))
+        yield Cotangent(task, grads[: len(edges)], task == last)

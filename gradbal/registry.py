@@ -1,0 +1,112 @@
+"""The one list of rules: filled at import, then only read."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from gradbal.checks import did_you_mean
+from gradbal.rule import Claim, Rule
+
+R = TypeVar("R", bound=type[Rule])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered rule.
+
+    Attributes:
+        name: The registered name, also that of its module.
+        rule: The class.
+        claims: What it promises with its default options.
+        paper: Authors and venue, for the table of rules.
+        year: Year of publication, or None for folklore.
+    """
+
+    name: str
+    rule: type[Rule]
+    claims: frozenset[Claim]
+    paper: str
+    year: int | None
+
+
+_RULES: dict[str, Entry] = {}
+RULES: Mapping[str, Entry] = MappingProxyType(_RULES)
+
+
+def register(
+    name: str, *, claims: Collection[Claim] = (), paper: str = "", year: int | None = None
+) -> Callable[[R], R]:
+    """Enter a rule into the registry; to be used as a class decorator.
+
+    Args:
+        name: What users type; lower case with underscores.
+        claims: Promises that the shared tests then hold the rule to.
+        paper: Authors and venue.
+        year: Year of publication.
+
+    Raises:
+        ValueError: If the name is taken by another class.
+        TypeError: If the class is no ``LossRule``, ``GramRule`` or ``GradientRule``.
+    """
+
+    def enter(rule: R) -> R:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise TypeError(f"register: {name!r} must decorate a subclass of Rule, got {rule!r}.")
+        if name in _RULES:
+            taken = _RULES[name].rule.__name__
+            raise ValueError(f"register: the name {name!r} is taken by {taken}; choose another.")
+        _RULES[name] = Entry(name, rule, frozenset(claims), paper, year)
+        return rule
+
+    return enter
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the registered names in alphabetical order.
+
+    Example:
+        >>> "upgrad" in rule_names()
+        True
+    """
+    return tuple(sorted(RULES))
+
+
+def make_rule(name: str | Rule, **options: Any) -> Rule:
+    """Build a rule from its registered name.
+
+    Args:
+        name: A registered name; a rule object is returned as it is.
+        **options: The rule's own options, named as in its paper.
+
+    Raises:
+        ValueError: If the name or an option is unknown; the nearest known one is suggested.
+        TypeError: If ``name`` is neither a string nor a rule.
+
+    Example:
+        >>> make_rule("cagrad", c=0.5)
+        CAGrad(c=0.5, rescale='c2', solver='exact')
+    """
+    if isinstance(name, Rule) and not options:
+        return name
+    if not isinstance(name, str):
+        raise TypeError(
+            f"A rule must be a registered name or a Rule object, got {name!r}; "
+            "`gradbal.rule_names()` lists all names."
+        )
+    if name not in RULES:
+        raise ValueError(
+            f"Unknown rule {name!r}.{did_you_mean(name, RULES)} "
+            "`gradbal.rule_names()` lists all of them."
+        )
+    rule = RULES[name].rule
+    known = list(inspect.signature(rule).parameters)
+    for option in options:
+        if option not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(
+                f"{rule.__name__}: unknown option {option!r}.{did_you_mean(option, known)} "
+                f"Its options: {listed}."
+            )
+    return rule(**options)

@@ -1,0 +1,139 @@
+"""What an optimizer says about itself: a check of its gradients, and an explanation in words."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradbal.core import Core
+from gradbal.descent import Descent
+from gradbal.engines import Auto, Representation
+from gradbal.graph import members
+from gradbal.losses import Batch
+from gradbal.rule import GradientRule, LossRule, Rule
+
+TOLERANCE = 1e4  # times machine epsilon: far above rounding, far below a wrong gradient
+
+
+@torch.no_grad()
+def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
+    """Compare the engine's task gradients with lone passes, and their sum with one summed pass.
+
+    The summed pass comes first, since some graphs (compiled with donated buffers) are right only
+    the first time they are gone through.
+
+    Args:
+        descent: Computes task gradients.
+        core: Knows the tasks.
+        batch: The losses; their graph is kept.
+
+    Returns:
+        For each task the largest deviation over its largest entry; under ``"sum"`` that of the
+        summed rows.
+
+    Raises:
+        RuntimeError: If one is more than rounding.
+    """
+    plan = descent.plan(batch, core.sets, found=True)
+    numbers = sorted(plan.reached)
+    params = [descent.params[number] for number in numbers]
+
+    def passed(positions: list[int]) -> dict[int, Tensor]:
+        edges, seeds = [batch.edges[i] for i in positions], batch.seeds(None)
+        grads = torch.autograd.grad(
+            edges, params, [seeds[i] for i in positions], retain_graph=True, allow_unused=True
+        )
+        return {n: g for n, g in zip(numbers, grads, strict=True) if g is not None}
+
+    everyone = list(range(len(batch.tasks)))
+    summed = passed(everyone)
+    rows = descent.rows(plan, batch, None, retain_graph=True)
+    found = {
+        core.names[task]: _deviation(
+            {n: c[task] for n, c in rows.items() if task in c}, passed([i])
+        )
+        for i, task in enumerate(batch.tasks)
+    }
+    total = {n: torch.stack([_dense(g) for g in c.values()]).sum(dim=0) for n, c in rows.items()}
+    found["sum"] = _deviation(total, summed)
+    eps = max(torch.finfo(param.dtype).eps for param in params)
+    worst = max(found, key=found.__getitem__)
+    if not found[worst] <= TOLERANCE * eps:
+        raise RuntimeError(
+            f"check: the task gradients of {worst!r} deviate by {found[worst]:.1e} from an "
+            "ordinary pass; if a part of the model is compiled, compile it after a first step of "
+            "this optimizer with an empty compiler cache, or use the engine Representation."
+        )
+    return found
+
+
+def _deviation(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> float:
+    size = max((float(_dense(g).abs().amax()) for g in theirs.values()), default=0.0)
+    off = 0.0
+    for number in ours.keys() | theirs.keys():
+        a, b = ours.get(number), theirs.get(number)
+        gap = _dense(a if b is None else b) if a is None or b is None else _dense(a) - _dense(b)
+        off = max(off, float(gap.abs().amax()))
+    return off / size if size else off
+
+
+def _dense(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        return torch.zeros(1)
+    return grad.to_dense() if grad.is_sparse else grad
+
+
+@torch.no_grad()
+def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
+    """Say in words what is shared, where the cut is, and what a step costs."""
+    rule, engine = core.rule, descent.engine
+    lines = [f"Rule {type(rule).__name__}: looks at {_looks_at(rule)}."]
+    chosen = " (so far always one pass per task)" if isinstance(engine, Auto) else ""
+    lines.append(f"Engine {type(engine).__name__}{chosen}.")
+    if batch is None:
+        lines.append("Pass the losses of one batch to learn what is shared and what a step costs.")
+        return "\n".join(lines)
+    plan = descent.plan(batch, core.sets)
+    m = len(batch.tasks)
+    shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
+    beside = sorted(set(shared) - set(plan.trunk))
+    lines.append(
+        f"{m} tasks share {_count(descent, shared)}; {_count(descent, beside)} of them are met "
+        "above or beside the cut."
+    )
+    for i, task in enumerate(batch.tasks):
+        lines.append(f"  {core.names[task]}: {_count(descent, plan.own[i])} of its own.")
+    partly = [n for n in shared if 1 < len(members(plan.reached[n])) < m]
+    if partly:
+        lines.append(f"  {_count(descent, partly)} are shared by some of the tasks only.")
+    if plan.foreign:
+        lines.append(f"  {plan.foreign} parameters belong to no group and are left alone.")
+    edges = ", ".join(edge.node.name() for edge in plan.cut)
+    lines.append(f"Cut: {edges}." if edges else "Cut: none; the graphs meet in parameters only.")
+    lines.append(_cost(descent, rule, m, shared))
+    return "\n".join(lines)
+
+
+def _looks_at(rule: Rule) -> str:
+    if isinstance(rule, LossRule):
+        return "the losses alone"
+    return (
+        "every gradient entry" if isinstance(rule, GradientRule) else "inner products of gradients"
+    )
+
+
+def _count(descent: Descent, numbers: list[int]) -> str:
+    total = sum(descent.params[number].numel() for number in numbers)
+    return f"{total:,} parameters in {len(numbers)} tensors"
+
+
+def _cost(descent: Descent, rule: Rule, m: int, shared: list[int]) -> str:
+    if isinstance(rule, LossRule):
+        return "A step costs one ordinary pass."
+    if isinstance(descent.engine, Representation):
+        return f"A step costs {m} passes through the heads and one through the trunk."
+    size = sum(descent.params[n].numel() * descent.params[n].element_size() for n in shared)
+    return (
+        f"A step costs {m} passes through the trunk and keeps {m} x {size / 2**20:.1f} MiB of task "
+        "gradients."
+    )

@@ -1,0 +1,73 @@
+"""Named modules as the place where task gradients are looked at."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from gradbal.graph import Boundary, Place, Plan, mark, several
+from gradbal.sinks import GramOnly
+
+
+class Marker:
+    """A forward hook that marks a module's outputs in the graph; it holds no tensor."""
+
+    def __init__(self, tag: object, module: int) -> None:
+        self.tag, self.module = tag, module
+
+    def __call__(self, module: object, args: object, output: object) -> None:
+        """Mark the outputs."""
+        mark(output, self.tag, self.module)
+
+
+def watch(modules: Sequence[nn.Module], tag: object) -> list[RemovableHandle]:
+    """Mark the outputs of modules in every forward pass from now on."""
+    return [
+        module.register_forward_hook(Marker(tag, number)) for number, module in enumerate(modules)
+    ]
+
+
+def check_marks(plan: Plan, n_modules: int, *, mixed: bool) -> None:
+    """Raise if a module took no part, or if its calls cannot be compared.
+
+    Args:
+        plan: The plan.
+        n_modules: How many modules were named.
+        mixed: Whether gradients of different inputs may meet.
+
+    Raises:
+        RuntimeError: In one sentence.
+    """
+    places = {edge.place for edge in plan.marked}
+    for module in range(n_modules):
+        if module not in {place[0] for place in places}:
+            raise RuntimeError(
+                f"Representation: module {module} of those named took no part in these losses; "
+                "name modules whose outputs the losses depend on."
+            )
+    apart = not any(several(edge.tasks) for edge in plan.marked)
+    if apart and not mixed and len(plan.marked) > len(places):
+        raise RuntimeError(
+            "Representation: each task has inputs of its own, and gradients for different inputs "
+            'share no space; pass pool="batch" to sum them over the batch, or choose another '
+            "engine."
+        )
+
+
+def boundary(plan: Plan) -> Boundary:
+    """Return the cut, and after it the marked edges that are not on it."""
+    cut = set(plan.cut)
+    return (*plan.cut, *(edge for edge, *_ in plan.marked if edge not in cut))
+
+
+def gram_only(plan: Plan, n_tasks: int, *, pool: bool) -> GramOnly:
+    """Return a sink whose rows are the gradients at the marked edges, or else at the cut."""
+    position = {edge: i for i, edge in enumerate(boundary(plan))}
+    if not plan.marked:
+        return GramOnly(n_tasks, slots=[[i] for i in position.values()])
+    if not pool:
+        return GramOnly(n_tasks, slots=[[position[edge]] for edge, *_ in plan.marked])
+    calls: dict[Place, list[int]] = {}
+    for edge, place, _ in plan.marked:
+        calls.setdefault(place, []).append(position[edge])
+    return GramOnly(n_tasks, pool=True, slots=list(calls.values()))

@@ -1,0 +1,186 @@
+"""The contract of a rule: what it looks at, what it keeps and what it promises."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Scale = Literal["sum", "mean", "own"]
+Heads = Literal["plain", "weighted"]
+
+
+class Claim(Enum):
+    """What a rule may promise; the shared tests hold it to that on every awkward case."""
+
+    NON_CONFLICTING = "no task's loss rises to first order: J d >= 0"
+    EQUIVARIANT = "tasks in another order get the same weights in that order"
+    HOMOGENEOUS = "c times the gradients gives c times the direction, c > 0"
+    SCALE_FREE = "rescaling one task's gradient leaves the direction as it is"
+    SIMPLEX = "weights are non-negative and sum to 1"
+    SUMS_TO_TASKS = "weights are non-negative and sum to the number of tasks"
+
+
+class Weights(NamedTuple):
+    """Weights that differ between the shared parameters and the heads, each of shape ``[m]``."""
+
+    shared: Tensor
+    heads: Tensor
+
+
+@dataclass
+class Context:
+    """What a rule gets to see beside its signal; made anew for every solve.
+
+    Attributes:
+        losses: Losses of the present tasks, shape ``[m]``.
+        state: The rule's tensors, restricted to the present tasks; a working copy that is
+            kept only when the step succeeds, so a rule may change or rebind its entries.
+        generator: The only source of randomness, on the device of the signal.
+        step: Solves done before this one.
+        seed: Seed of :meth:`uniform`.
+        capturable: Whether nothing may be read back from the device.
+        epoch: How often the user has called ``end_epoch``, 0-dim, on the device of the signal.
+        names: Names of the present tasks.
+        values: The losses as Python numbers, or None with ``capturable``.
+        eps: Relative rounding error of the Gram matrix, from the dtype of the gradients.
+        stats: What a rule wants to be seen by diagnostics, such as a solver's residual.
+        slopes: Gradients for the rule's ``learned`` tensors, by name.
+    """
+
+    losses: Tensor
+    state: State
+    generator: torch.Generator
+    step: int = 0
+    seed: int = 0
+    capturable: bool = False
+    epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    names: tuple[str, ...] = ()
+    values: list[float] | None = None
+    eps: float = torch.finfo(torch.float64).eps
+    stats: dict[str, Any] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
+
+    def uniform(self, index: int, like: Tensor) -> Tensor:
+        """Draw from U(0, 1), elementwise, for the parameter of this index.
+
+        The draw depends on (seed, step, index) alone, so that engines, resumed runs and
+        processes agree on it. With ``capturable`` it comes from the generator on the device.
+
+        Args:
+            index: Position of the parameter among those of the optimizer.
+            like: Tensor whose shape and device the draw gets.
+
+        Returns:
+            Tensor of the shape of ``like``, float32 or wider.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        generator = self.generator
+        if not self.capturable:
+            generator = torch.Generator(like.device).manual_seed(mix(self.seed, self.step, index))
+        return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to a 63-bit seed, well spread also for neighbouring arguments."""
+    value = 0
+    for number in numbers:
+        value = (value + number + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        value ^= value >> 31
+    return value >> 1
+
+
+class Rule:
+    """What all rules have in common. Subclass one of the three kinds below instead.
+
+    Attributes:
+        scale: ``"sum"`` if the direction compares with the gradient of the summed loss,
+            ``"mean"`` if with the mean's (``MTLOptimizer(scale="sum")`` then multiplies by the
+            number of present tasks), ``"own"`` if the method sets a length of its own.
+        heads: Whether task-specific parameters get the plain gradient of their own loss or
+            that gradient times the task's weight.
+        needs_losses: Whether the rule looks at the losses.
+        per_task: Names of options with one number per task; where given, they are found in
+            ``ctx.state`` under the same name, restricted to the present tasks.
+        learned: Names of the state tensors that are trained; the rule puts their gradients
+            into ``ctx.slopes`` and the optimizer steps them.
+        learner: How ``learned`` is stepped; None for SGD beside an SGD base, else Adam.
+        learned_lr: Learning rate of the ``learned`` tensors; None for the base optimizer's.
+        after: Where ``observe`` gets its losses: from a closure, from the next step's batch, or
+            (``"auto"``) from a closure where one is given.
+    """
+
+    scale: ClassVar[Scale] = "own"
+    heads: ClassVar[Heads] = "plain"
+    needs_losses: bool = False
+    per_task: ClassVar[tuple[str, ...]] = ()
+    learned: ClassVar[tuple[str, ...]] = ()
+    learner: Literal["adam", "sgd"] | None = None
+    learned_lr: float | None = None
+    after: str = "auto"
+
+    def init(self, losses: Tensor) -> State:
+        """Make every tensor that the rule keeps between steps, sized for ``losses``.
+
+        Only shape, dtype and device of ``losses`` may be used: its values are not known when
+        tasks are announced before the first step. Axes that grow with the number of tasks are
+        found by comparing two sizes.
+        """
+        return {}
+
+    def observe(self, losses: Tensor, ctx: Context) -> None:
+        """See the losses again after the step was taken; by default nothing is done."""
+
+
+class WeightRule(Rule):
+    """A rule whose direction is a weighted sum of the task gradients."""
+
+    def weights(self, signal: Tensor, ctx: Context) -> Tensor | Weights:
+        """Return the task weights, shape ``[m]``.
+
+        Args:
+            signal: Losses, shape ``[m]``, or the Gram matrix, shape ``[m, m]``.
+            ctx: What else is known.
+        """
+        raise NotImplementedError
+
+
+class LossRule(WeightRule):
+    """A rule that looks at the losses alone and so costs nothing but one ordinary pass."""
+
+    heads: ClassVar[Heads] = "weighted"
+    needs_losses = True
+
+
+class GramRule(WeightRule):
+    """A rule that looks at the inner products of the task gradients.
+
+    Attributes:
+        norms_only: Whether it looks at the diagonal alone, the squared norms.
+    """
+
+    norms_only: ClassVar[bool] = False
+
+
+class GradientRule(Rule):
+    """A rule that looks at the task gradients entry by entry; it has no weights."""
+
+    def direction(
+        self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
+    ) -> list[Tensor]:
+        """Combine the task gradients, parameter by parameter.
+
+        Args:
+            grads: Task gradients, one tensor of shape ``[m, *shape]`` per parameter.
+            indices: Position of each of these parameters among those of the optimizer.
+            ctx: What else is known.
+
+        Returns:
+            The direction, one tensor of shape ``[*shape]`` per parameter.
+        """
+        raise NotImplementedError

@@ -1,0 +1,38 @@
+"""IMTL: loss balance for the heads, gradient balance for what is shared."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradbal.registry import register
+from gradbal.rule import Claim, Context, GramRule, State, Weights
+from gradbal.solvers.equal_projection import equal_projection
+
+
+@register("imtl", claims=[Claim.EQUIVARIANT], paper="Liu et al., ICLR 2021", year=2021)
+@dataclass(frozen=True, kw_only=True)
+class IMTL(GramRule):
+    r"""Impartial multi-task learning, IMTL-L and IMTL-G together.
+
+    The scales :math:`e^{s_i}` are learned from the losses as in ``imtl_l``. Heads get the
+    gradient of :math:`e^{s_i} L_i`; the shared parameters get the combination of these gradients
+    that ``imtl_g`` finds.
+
+    Source:
+        Liu et al., ICLR 2021, algorithm 1.
+    """
+
+    needs_losses = True
+    learned: ClassVar[tuple[str, ...]] = ("log_scale",)
+
+    def init(self, losses: Tensor) -> State:
+        return {"log_scale": torch.zeros_like(losses)}
+
+    def weights(self, gram: Tensor, ctx: Context) -> Weights:
+        scales = ctx.state["log_scale"].exp()
+        ctx.slopes["log_scale"] = scales * ctx.losses - 1
+        scaled = gram * torch.outer(scales, scales)
+        balanced = equal_projection(scaled, eps=ctx.eps, capturable=ctx.capturable)
+        return Weights(balanced * scales, scales)

@@ -1,0 +1,28 @@
+"""RLW: random weights, drawn anew in every step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradbal.registry import register
+from gradbal.rule import Claim, Context, LossRule, Scale
+
+
+@register("rlw", claims=[Claim.SIMPLEX], paper="Lin et al., TMLR 2022", year=2022)
+@dataclass(frozen=True, kw_only=True)
+class RLW(LossRule):
+    r"""Random loss weighting: :math:`w = \operatorname{softmax}(z)`, :math:`z \sim N(0, I)`.
+
+    Source:
+        Lin et al., TMLR 2022, section 3, with the normal law that their experiments use.
+    """
+
+    scale: ClassVar[Scale] = "mean"
+
+    def weights(self, losses: Tensor, ctx: Context) -> Tensor:
+        draw = torch.randn(
+            len(losses), generator=ctx.generator, dtype=losses.dtype, device=losses.device
+        )
+        return torch.softmax(draw, dim=0)

@@ -1,0 +1,293 @@
+"""Where task gradients go: kept as blocks of the Jacobian, or turned into a Gram matrix at once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradbal.crossing import Cotangent, Rows
+from gradbal.gram import combine, gram_matrix, sparse_gram
+
+Weigh = Callable[[str], Tensor]  # the weights of a group, on some device
+
+
+@dataclass
+class Block:
+    """Rows of the Jacobian for parameters of one group, device and dtype.
+
+    Attributes:
+        group: Name of the group.
+        numbers: The parameters.
+        rows: Storage, shape ``[m, n]``, preallocated.
+        flat: Storage of the direction, shape ``[n]``; gradients are views of it.
+    """
+
+    group: str
+    numbers: list[int]
+    rows: Tensor
+    flat: Tensor
+    places: list[tuple[torch.Size, tuple[int, ...], int]]
+    cache: dict[object, dict[int, Tensor]] = field(default_factory=dict)
+
+    def views(self, tensor: Tensor, key: object = None) -> dict[int, Tensor]:
+        """View ``[..., n]`` as one tensor ``[..., *shape]`` per parameter, in its own strides.
+
+        Gradients must have the strides of their parameter: fused optimizers rely on it.
+        """
+        if key in self.cache:
+            return self.cache[key]
+        lead, steps = tensor.shape[:-1], tensor.stride()[:-1]
+        start = tensor.storage_offset()
+        views = {
+            number: tensor.as_strided((*lead, *shape), (*steps, *stride), start + offset)
+            for number, (shape, stride, offset) in zip(self.numbers, self.places, strict=True)
+        }
+        if key is not None:
+            self.cache[key] = views
+        return views
+
+
+class Keep:
+    """Keep the rows: blocks of the Jacobian, preallocated once and used in every step.
+
+    Sparse gradients stay sparse and are kept apart.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.layout: object = None
+        self.sparse: dict[int, list[Tensor | None]] = {}
+
+    def open(
+        self,
+        params: Sequence[Tensor],
+        groups: Mapping[int, str],
+        sparse: Iterable[int],
+        n_rows: int,
+        n_tasks: int,
+    ) -> None:
+        """Make room for ``n_tasks`` rows over the parameters numbered in ``groups``.
+
+        Args:
+            params: All parameters of the optimizer.
+            groups: The group of every shared parameter, by number.
+            sparse: Parameters with sparse gradients.
+            n_rows: Rows to allocate; the number of tasks that may ever be present.
+            n_tasks: Rows in use.
+        """
+        self.groups, self.n_tasks = groups, n_tasks
+        self.sparse = {number: [None] * n_tasks for number in groups if number in sparse}
+        layout = (tuple(groups.items()), frozenset(self.sparse), n_rows, len(params))
+        if layout != self.layout:
+            self.blocks = []  # the old storage goes before the new is taken
+            self.blocks = _lay_out(params, groups, self.sparse, n_rows)
+            self.layout = layout
+        self.unwritten = [set(groups) - set(self.sparse) for _ in range(n_tasks)]
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Store the gradients of some tasks for some parameters."""
+        first, *rest = (
+            range(self.n_tasks)[rows.tasks] if isinstance(rows.tasks, slice) else [rows.tasks]
+        )
+        found = {n: grad for n, grad in zip(numbers, rows.grads, strict=True) if grad is not None}
+        for number in self.sparse.keys() & found.keys():
+            grad = found.pop(number)
+            for i, task in enumerate((first, *rest)):
+                self.sparse[number][task] = grad[i] if isinstance(rows.tasks, slice) else grad
+        for task in (first, *rest):
+            self.unwritten[task] -= found.keys()
+        for block in self.blocks:
+            views = block.views(block.rows[rows.tasks], str(rows.tasks))
+            here = [n for n in views if n in found]
+            if here:
+                grads = [found[n].to_dense() if found[n].is_sparse else found[n] for n in here]
+                torch._foreach_copy_([views[n] for n in here], grads)
+
+    def close(self) -> None:
+        """Set to zero what no task has written."""
+        for task, numbers in enumerate(self.unwritten):
+            for block in self.blocks:
+                views = block.views(block.rows[task], str(task))
+                missing = [views[n] for n in views if n in numbers]
+                if missing:
+                    torch._foreach_zero_(missing)
+        self.unwritten = []
+
+    def gram(self, group: str, *, scaled: bool = False) -> Tensor:
+        """Return the Gram matrix of a group, shape ``[m, m]``, float64."""
+        parts = [
+            gram_matrix(block.rows[: self.n_tasks], scaled=scaled)
+            for block in self.blocks
+            if block.group == group
+        ]
+        parts += [
+            sparse_gram(rows)
+            for number, rows in self.sparse.items()
+            if self.groups[number] == group and any(row is not None for row in rows)
+        ]
+        return _total(parts)
+
+    def direction(self, weigh: Weigh, *, in_place: bool) -> dict[int, Tensor]:
+        """Return the weighted sum of the rows, one tensor per parameter.
+
+        Args:
+            weigh: Gives the weights of a group, shape ``[m]``.
+            in_place: Write into the flat storage, of which the gradients are views.
+        """
+        out: dict[int, Tensor] = {}
+        for block in self.blocks:
+            rows = block.rows[: self.n_tasks]
+            weights = weigh(block.group).to(rows.device)
+            flat = combine(rows, weights, block.flat if in_place else None)
+            out |= block.views(flat, "flat" if in_place else None)
+        for number, column in self.sparse.items():
+            total = _weighted(column, weigh(self.groups[number]))
+            if total is not None:
+                out[number] = total
+        return out
+
+    def buffers(self) -> dict[int, Tensor]:
+        """Return where each dense parameter's gradient is stored."""
+        views: dict[int, Tensor] = {}
+        for block in self.blocks:
+            views |= block.views(block.flat, "flat")
+        return views
+
+    def stacks(self, group: str) -> dict[int, Tensor]:
+        """Return the rows of each parameter of a group, shape ``[m, *shape]``."""
+        views: dict[int, Tensor] = {}
+        for block in self.blocks:
+            if block.group == group:
+                rows = block.rows[: self.n_tasks]
+                views |= block.views(rows, ("stack", self.n_tasks))
+        for number, sparse in self.sparse.items():
+            some = next((row for row in sparse if row is not None), None)
+            if some is not None and self.groups[number] == group:
+                filled = [torch.zeros_like(some) if row is None else row for row in sparse]
+                views[number] = torch.stack([row.to_dense() for row in filled])
+        return views
+
+
+@dataclass
+class GramOnly:
+    """Keep the tasks' cotangents at the cut, from which one pass goes down once weights are known.
+
+    Attributes:
+        n_tasks: How many tasks there are.
+        pool: Sum rows over the batch axis before they meet (LibMTL's way; no bound is known).
+        slots: Which cotangents form a row, as groups of positions: one group is one piece of the
+            row, and its members are summed, which needs ``pool``.
+    """
+
+    n_tasks: int
+    pool: bool = False
+    slots: Sequence[Sequence[int]] = ()
+    held: list[Sequence[Tensor | None]] = field(default_factory=list)
+    beside: dict[int, list[Tensor | None]] = field(default_factory=dict)
+
+    def hold(self, cotangent: Cotangent) -> None:
+        """Keep one task's cotangents."""
+        self.held.append(cotangent.values)
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Keep the gradients of shared parameters beside the cut."""
+        for number, grad in zip(numbers, rows.grads, strict=True):
+            column = self.beside.setdefault(number, [None] * self.n_tasks)
+            column[rows.tasks] = grad  # type: ignore[index]  # only single tasks come here
+
+    def gram(self, group: str = "", *, scaled: bool = False) -> Tensor:
+        """Return the Gram matrix of the representation's gradients, shape ``[m, m]``, float64."""
+        parts = []
+        for slot in self.slots:
+            rows = [self._row(values, slot) for values in self.held]
+            some = next((row for row in rows if row is not None), None)
+            if some is not None:
+                filled = [torch.zeros_like(some) if row is None else row for row in rows]
+                parts.append(gram_matrix(torch.stack(filled), scaled=scaled))
+        if not parts:  # one task alone: there is no cut
+            parts = [
+                sparse_gram(rows)
+                for rows in self.beside.values()
+                if any(r is not None for r in rows)
+            ]
+        return _total(parts)
+
+    def _row(self, values: Sequence[Tensor | None], slot: Sequence[int]) -> Tensor | None:
+        pieces = [value for i in slot if (value := values[i]) is not None]
+        if self.pool:
+            pieces = [piece.sum(dim=0) for piece in pieces]
+        if not pieces:
+            return None
+        total = pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(dim=0)
+        return total.flatten()
+
+    def cotangent(self, weights: Tensor, n_edges: int) -> list[Tensor | None]:
+        """Return the weighted sum of the cotangents, one tensor per edge of the cut."""
+        columns = zip(*(values[:n_edges] for values in self.held), strict=True)
+        return [_weighted(column, weights) for column in columns]
+
+    def direction(self, weights: Tensor) -> dict[int, Tensor]:
+        """Return the weighted sum of the gradients beside the cut."""
+        sums = {number: _weighted(rows, weights) for number, rows in self.beside.items()}
+        return {number: total for number, total in sums.items() if total is not None}
+
+
+class Aside:
+    """Keep every gradient by itself, by parameter and task, to be added to others later."""
+
+    def __init__(self, tasks: Sequence[int]) -> None:
+        self.tasks = tasks
+        self.rows: dict[int, dict[int, Tensor]] = {}
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Keep the gradients of some tasks for some parameters."""
+        for number, grad in zip(numbers, rows.grads, strict=True):
+            if grad is None:
+                continue
+            column = self.rows.setdefault(number, {})
+            if isinstance(rows.tasks, slice):
+                column.update(zip(self.tasks[rows.tasks], grad.unbind(), strict=True))
+            else:
+                column[self.tasks[rows.tasks]] = grad
+
+
+def _lay_out(
+    params: Sequence[Tensor], groups: Mapping[int, str], sparse: Iterable[int], n_rows: int
+) -> list[Block]:
+    """Allocate blocks, and say where in them each parameter lies."""
+    kinds: dict[tuple[str, torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for number, group in groups.items():
+        if number not in sparse:
+            kinds[group, params[number].device, params[number].dtype].append(number)
+    blocks = []
+    for (group, device, dtype), numbers in kinds.items():
+        places, offset = [], 0
+        for number in numbers:
+            like = torch.empty_like(params[number], device="meta")
+            places.append((like.shape, like.stride(), offset))
+            offset += like.numel()
+        rows = torch.empty((n_rows, offset), dtype=dtype, device=device)
+        flat = torch.empty(offset, dtype=dtype, device=device)
+        blocks.append(Block(group, numbers, rows, flat, places))
+    return blocks
+
+
+def _weighted(rows: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
+    """Sum the rows times their weights, sparse or dense, in at least float32."""
+    total, dtype = None, torch.float32
+    for row, weight in zip(rows, weights, strict=True):
+        if row is not None:
+            dtype = row.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            term = row.to(wide) * weight.to(row.device, wide)
+            total = term if total is None else total + term
+    return None if total is None else total.to(dtype)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total

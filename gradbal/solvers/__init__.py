@@ -1,0 +1,13 @@
+"""Solvers: one module per mathematical problem; they know no rule."""
+
+from gradbal.solvers.cagrad import cagrad_point as cagrad_point
+from gradbal.solvers.equilibrate import equilibrate as equilibrate
+from gradbal.solvers.min_norm import min_norm as min_norm
+from gradbal.solvers.min_norm import touches_zero as touches_zero
+from gradbal.solvers.nash import nash_point as nash_point
+from gradbal.solvers.nonnegative_qp import nonnegative_qp as nonnegative_qp
+from gradbal.solvers.reference import cvxpy_cagrad as cvxpy_cagrad
+from gradbal.solvers.reference import cvxpy_min_norm as cvxpy_min_norm
+from gradbal.solvers.reference import cvxpy_nash as cvxpy_nash
+from gradbal.solvers.reference import cvxpy_nonnegative_qp as cvxpy_nonnegative_qp
+from gradbal.solvers.solution import Solution as Solution

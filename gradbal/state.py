@@ -1,0 +1,93 @@
+"""A rule's tensors: which of their axes run over tasks, and parts of them for some tasks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradbal.learner import slots
+from gradbal.rule import Rule, State
+
+Axes = dict[str, tuple[int, ...]]
+
+
+def new_state(rule: Rule, learner: str, n_tasks: int, device: torch.device) -> State:
+    """Make a rule's tensors, those of its learner among them, as at the first step.
+
+    Raises:
+        ValueError: If an option has not one number per task.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    losses = torch.zeros(n_tasks, dtype=dtype, device=device)
+    state = rule.init(losses)
+    for name, values in per_task_options(rule, n_tasks).items():
+        state[name] = losses.new_tensor(values)
+    for name in rule.learned:
+        state |= slots(name, state[name], learner)
+    return state
+
+
+def per_task_options(rule: Rule, n_tasks: int) -> dict[str, Sequence[float]]:
+    """Return the options of a rule that were given with one number per task.
+
+    Raises:
+        ValueError: If one has another length.
+    """
+    given = {name: getattr(rule, name) for name in rule.per_task}
+    for name, values in given.items():
+        if values is not None and len(values) != n_tasks:
+            raise ValueError(
+                f"{type(rule).__name__}: `{name}` must have one number for each of the {n_tasks} "
+                f"tasks, got {len(values)}."
+            )
+    return {name: values for name, values in given.items() if values is not None}
+
+
+def task_axes(rule: Rule, learner: str) -> Axes:
+    """Find which axes of a rule's tensors run over tasks, by making them in two sizes."""
+    small, large = (rule.init(torch.zeros(n, dtype=torch.float64)) for n in (2, 3))
+    axes: Axes = {
+        name: tuple(i for i, size in enumerate(tensor.shape) if large[name].shape[i] != size)
+        for name, tensor in small.items()
+    }
+    axes |= dict.fromkeys(rule.per_task, (0,))
+    for name in rule.learned:
+        axes |= dict.fromkeys(slots(name, small[name], learner), axes[name])
+    return axes
+
+
+def part(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> Tensor:
+    """Return a copy of a tensor, restricted to some tasks.
+
+    Args:
+        tensor: One of a rule's tensors.
+        axes: Its axes that run over tasks.
+        tasks: Numbers of the tasks; None for all.
+    """
+    if tasks is None or not axes:
+        return tensor.clone()
+    index = torch.tensor(tasks, device=tensor.device)
+    for axis in axes:
+        tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+def merged(
+    whole: Tensor, new: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None
+) -> Tensor:
+    """Return a tensor in which some tasks have new entries; the arguments are as in ``part``."""
+    if tasks is None or not axes:
+        return new
+    index = torch.tensor(tasks, device=whole.device)
+    if len(axes) == 1:
+        return whole.index_copy(axes[0], index, new)
+    whole = whole.clone()
+    whole[index[:, None], index] = new
+    return whole
+
+
+def grown(state: State, larger: State) -> State:
+    """Return a state of more tasks in which the old entries stand."""
+    for name, old in state.items():
+        larger[name][tuple(slice(0, size) for size in old.shape)] = old
+    return larger

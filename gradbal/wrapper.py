@@ -1,0 +1,115 @@
+"""A torch optimizer around another one, so that every script and trainer accepts it."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """Delegate everything to ``base`` and add the state of ``core`` to the checkpoint.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own objects, so schedulers,
+    scalers and checkpointing change the one optimizer there is. The constructor of
+    ``torch.optim.Optimizer`` is not called: it would build a second set of groups.
+    """
+
+    _step_supports_amp_scaling = False  # of the class: GradScaler must not take the base's
+
+    base: torch.optim.Optimizer
+    core: Any  # gradbal.core.Core; this module lies below it
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self._init_runtime()
+
+    def _init_runtime(self) -> None:
+        """Make what is neither saved nor copied."""
+        for name in HOOKS:
+            self.__dict__.setdefault(name, OrderedDict())
+        self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up what is not here on the base; never a private name."""
+        if name.startswith("_") or name in ("base", "core", "optimizer"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the base optimizer's parameters."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state with the rule's under the key ``gradbal``."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = {**self.base.state_dict(), "gradbal": self.core.state_dict()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, or a plain one of the base optimizer."""
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        ours = state_dict.pop("gradbal", None)
+        if ours is not None:
+            self.core.verify(ours)  # before the base changes
+        self.base.load_state_dict(state_dict)
+        if ours is not None:
+            self.core.load_state_dict(ours)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a scheduler patched onto this very object."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("step", "_opt_called")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
