@@ -99,7 +99,7 @@ def aggregate(
     decision = decide(core, Policy(), tasks, {MODEL: tasks}, seen, eps, rows.__getitem__)
     decision.commit(core)
     core.learn(rule.learned_lr or LEARNED_LR)
-    if type(rule).observe is not Rule.observe:
+    if rule.observes:
         core.awaiting = set(tasks)
     _, ctx = decision.contexts[MODEL]
     if decision.direction is not None:

@@ -1,7 +1,8 @@
 """What users pass to ``MTLOptimizer``, checked when it is built."""
 
+import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from gradbal import checks
 from gradbal.decision import Policy
 from gradbal.engines import Engine, Representation
 from gradbal.rule import GradientRule, LossRule, Rule
+from gradbal.wrapper import WrappedOptimizer
 
 Parameters = nn.Module | Tensor | Iterable[Any]
 Groups = Literal["model", "tensor"] | Mapping[str, Parameters]
@@ -30,11 +32,16 @@ class Options:
     learned_lr: float | None
     capturable: bool
     process_group: Any
+    seed: int
 
     @property
     def when_nonfinite(self) -> str:
         """What happens to a non-finite gradient."""
         return self.on_nonfinite or ("propagate" if self.capturable else "raise")
+
+    def stops_at_nonfinite(self, scaler: object) -> bool:
+        """Whether a step with a non-finite gradient must not go on."""
+        return scaler is not None or self.when_nonfinite != "propagate"
 
     @property
     def policy(self) -> Policy:
@@ -47,16 +54,14 @@ class Options:
         Raises:
             ValueError: If one is not among its choices or two exclude each other.
         """
-        checks.one_of(OWNER, ("sum", "native"), scale=self.scale)
-        checks.one_of(OWNER, ("plain", "weighted", None), heads=self.heads)
-        checks.one_of(OWNER, ("raise", "skip", "propagate", None), on_nonfinite=self.on_nonfinite)
-        if isinstance(self.update_every, bool) or not isinstance(self.update_every, int):
-            raise TypeError(f"{OWNER}: `update_every` must be an int, got {self.update_every!r}.")
-        checks.at_least(OWNER, 1, update_every=self.update_every)
-        if self.learned_lr is not None:
-            checks.positive(OWNER, learned_lr=self.learned_lr)
-        if not isinstance(self.groups, Mapping):
-            checks.one_of(OWNER, ("model", "tensor"), groups=self.groups)
+        self._check_values()
+        if isinstance(base, WrappedOptimizer):
+            raise TypeError(f"{OWNER}: the base is an {OWNER} already; wrap a plain optimizer.")
+        if self.capturable and self.on_nonfinite in ("raise", "skip"):
+            raise ValueError(
+                f"{OWNER}: with `capturable` nothing is read back, so on_nonfinite="
+                f"{self.on_nonfinite!r} cannot be; leave it out."
+            )
         self._check_rule(rule, engine)
         if self.capturable and getattr(rule, "solver", None) == "cvxpy":
             raise ValueError(
@@ -69,13 +74,30 @@ class Options:
                 "evaluates the losses again; choose a rule with weights or another base optimizer."
             )
 
+    def _check_values(self) -> None:
+        """Raise if an option by itself cannot be."""
+        checks.one_of(OWNER, ("sum", "native"), scale=self.scale)
+        checks.one_of(OWNER, ("plain", "weighted", None), heads=self.heads)
+        checks.one_of(OWNER, ("raise", "skip", "propagate", None), on_nonfinite=self.on_nonfinite)
+        checks.of_type(OWNER, int, update_every=self.update_every, seed=self.seed)
+        checks.at_least(OWNER, 1, update_every=self.update_every)
+        if self.learned_lr is not None:
+            checks.of_type(OWNER, float, learned_lr=self.learned_lr)
+            checks.positive(OWNER, learned_lr=self.learned_lr)
+        checks.one_of(OWNER, (True, False), capturable=self.capturable)
+        if isinstance(self.process_group, str):
+            checks.one_of(OWNER, ("auto", None), process_group=self.process_group)
+        if not isinstance(self.groups, Mapping):
+            checks.one_of(OWNER, ("model", "tensor"), groups=self.groups)
+        elif not self.groups:
+            raise ValueError(f"{OWNER}: `groups` must name at least one group, got {{}}.")
+
     def _check_rule(self, rule: Rule, engine: Engine) -> None:
         name = type(rule).__name__
         elementwise = isinstance(rule, GradientRule)
         refused = {
             "`update_every` > 1": elementwise and self.update_every > 1,
             '`heads="weighted"`': elementwise and self.heads == "weighted",
-            "the engine Representation": elementwise and isinstance(engine, Representation),
         }
         for what, refuse in refused.items():
             if refuse:
@@ -115,15 +137,24 @@ class Options:
             )
 
     def check_closure(
-        self, rule: Rule, base: torch.optim.Optimizer, losses: object, closure: object
+        self,
+        rule: Rule,
+        base: torch.optim.Optimizer,
+        losses: object,
+        closure: object,
+        aux: object,
     ) -> None:
         """Raise if a closure is needed and none was given.
 
         Raises:
-            TypeError: If the base evaluates the losses itself.
+            TypeError: If the base evaluates the losses itself, or there are only auxiliary ones.
             RuntimeError: If the rule insists on the losses of the same batch after the step.
         """
-        if (losses is not None or closure is None) and _needs_closure(base):
+        if losses is None and closure is None and aux is not None:
+            raise TypeError(
+                f"{OWNER}: `aux` goes with losses, got it alone; pass it where the losses are."
+            )
+        if (losses is not None or closure is None) and _needs_closure(type(base).step):
             raise TypeError(
                 f"{OWNER}: {type(base).__name__} evaluates the losses several times, so `step` "
                 "needs a closure that returns them: `mtl_opt.step(lambda: losses(batch))`."
@@ -147,8 +178,9 @@ class Options:
             )
 
 
-def _needs_closure(base: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(base.step).parameters.get("closure")
+@functools.cache
+def _needs_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
@@ -199,5 +231,13 @@ def assign_groups(
     """Return the group of each shared parameter; those that no group names form ``"other"``."""
     if not isinstance(groups, Mapping):
         return {n: "model" if groups == "model" else f"tensor {n}" for n in numbers}
-    named = {n: name for name, part in groups.items() for n in numbers_in(part, index)}
+    named: dict[int, str] = {}
+    for name, part in groups.items():
+        for number in numbers_in(part, index):
+            if number in named:
+                raise ValueError(
+                    f"{OWNER}: parameter {number} is in the groups {named[number]!r} and {name!r}; "
+                    "each may be in one."
+                )
+            named[number] = name
     return {n: named.get(n, "other") for n in numbers}

@@ -34,6 +34,15 @@ def between(owner: object, low: float, high: float, **values: float) -> None:
             )
 
 
+def of_type(owner: object, kind: type[int] | type[float], **values: object) -> None:
+    """Raise ``TypeError`` unless every value is an int, or for float any real number."""
+    for name, value in values.items():
+        fits = isinstance(value, int if kind is int else (int, float))
+        if not fits or isinstance(value, bool):
+            expected = "an int" if kind is int else "a number"
+            raise TypeError(f"{_owner(owner)}: `{name}` must be {expected}, got {value!r}.")
+
+
 def one_of(owner: object, choices: Collection[Any], **values: object) -> None:
     """Raise ``ValueError`` unless every value is one of the choices."""
     for name, value in values.items():
@@ -52,7 +61,7 @@ def square(**matrices: Tensor) -> None:
 def positive_losses(owner: object, values: Sequence[float] | None, names: Sequence[str]) -> None:
     """Raise ``ValueError`` naming the first task whose loss is not above zero."""
     for name, value in zip(names, values or (), strict=False):
-        if not value > 0:
+        if value <= 0:
             raise ValueError(
                 f"{_owner(owner)}: losses must be > 0, got {value:g} for task {name!r}; "
                 "shift the loss or choose a rule that does not take its logarithm."

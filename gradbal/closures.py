@@ -40,7 +40,8 @@ class Evaluations:
 
 def is_losses(result: object) -> bool:
     """Say whether a closure returned losses rather than what torch's own closures return."""
-    return result is not None and not (isinstance(result, Tensor) and result.ndim == 0)
+    scalar = isinstance(result, Tensor) and result.ndim == 0
+    return not (result is None or scalar or isinstance(result, int | float))
 
 
 def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Tensor]]:

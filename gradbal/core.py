@@ -1,17 +1,27 @@
 """Everything that a rule remembers: tasks, state, randomness and what is pending."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradbal import checks
+from gradbal.gram import added
 from gradbal.learner import advance
 from gradbal.rule import Context, Rule, State
 from gradbal.state import grown, merged, new_state, part, per_task_options, task_axes
 
 VERSION = 1
 Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
+
+_KEYS = {"version", "rule", "tasks", "step", "generator", "state", "pending", "choice"}
+_MUTABLE = (
+    *("names", "numbered", "sets", "solved", "skipped", "age", "epoch", "state", "held"),
+    *("slopes", "decided", "awaiting", "rows", "losses", "aux", "choice"),
+)
 
 
 class Core:
@@ -66,10 +76,28 @@ class Core:
         self.aux: dict[int, Tensor] = {}
         self.choice: dict[str, Any] = {}
         if tasks is not None:
-            self.numbered = isinstance(tasks, int)
-            self._grow([str(i) for i in range(tasks)] if isinstance(tasks, int) else list(tasks))
+            self.check_tasks(tasks)
 
     # ------------------------------------------------------------------ tasks
+
+    def check_tasks(self, tasks: object) -> None:
+        """Take the tasks that were announced when the optimizer was built.
+
+        Raises:
+            TypeError: If they are neither a number nor a list of names.
+            ValueError: If there is none, or a name comes twice.
+        """
+        if isinstance(tasks, int) and not isinstance(tasks, bool):
+            checks.at_least("MTLOptimizer", 1, tasks=tasks)
+            self.numbered = True
+            self._grow([str(i) for i in range(tasks)])
+            return
+        names = [] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else list(tasks)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"MTLOptimizer: `tasks` must be a list of names or their number, got {tasks!r}."
+            )
+        self._grow(names)
 
     def number_tasks(self, names: Sequence[str] | None, count: int) -> list[int]:
         """Return the number of each task, and make room for new ones.
@@ -105,13 +133,13 @@ class Core:
 
     def _grow(self, names: list[str]) -> None:
         """Extend every tensor of every group to the new number of tasks."""
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"Tasks: expected distinct names, at least one, got {names!r}.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"Tasks: names must be distinct, got {names!r}.")
         per_task_options(self.rule, len(names))
         for group, state in self.state.items():
             device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
             self.state[group] = grown(state, self._new_state(len(names), device))
-        self.held.clear()
+        self.held = {}
         self.names = names
 
     def _new_state(self, n_tasks: int, device: torch.device) -> State:
@@ -133,6 +161,8 @@ class Core:
             self.state[group] = self._new_state(len(self.names), device)
         self.state[group] = {name: t.to(device) for name, t in self.state[group].items()}
         self.epoch = self.epoch.to(device)
+        if known.get("capturable") and self.generator.device.type != device.type:
+            self.generator = torch.Generator(device).manual_seed(self.seed)
         some = self._some(tasks)
         return Context(
             losses=losses,
@@ -172,12 +202,11 @@ class Core:
                 if name in slopes:
                     moving = slopes[f"{name}.moving"] > 0
                     advance(self.state[group], name, slopes[name], moving, lr, self.learner)
-        self.slopes.clear()
+        self.slopes = {}
 
     def forget_step(self) -> None:
         """Forget what waits for a step that will not come."""
-        self.slopes.clear()
-        self.decided = set()
+        self.slopes, self.decided = {}, set()
 
     def _some(self, tasks: Sequence[int]) -> Sequence[int] | None:
         return None if list(tasks) == list(range(len(self.names))) else tasks
@@ -202,6 +231,36 @@ class Core:
         """Forget what is pending."""
         self.rows, self.losses, self.aux = {}, {}, {}
 
+    # ------------------------------------------------------------------ all or nothing
+
+    @contextmanager
+    def transaction(self, *, random: bool = True) -> Iterator[Callable[[], None]]:
+        """Undo every change if the body fails.
+
+        Tensors are replaced and never written into, so only references are kept.
+
+        Args:
+            random: Put the generator back, too, which reads it from the device.
+
+        Yields:
+            A function that undoes every change made so far.
+        """
+        before = {name: _shallow(getattr(self, name)) for name in _MUTABLE}
+        generator = self.generator
+        drawn = generator.get_state() if random else None
+
+        def undo() -> None:
+            self.__dict__.update({name: _shallow(value) for name, value in before.items()})
+            self.generator = generator
+            if drawn is not None:
+                generator.set_state(drawn)
+
+        try:
+            yield undo
+        except BaseException:
+            undo()
+            raise
+
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +270,8 @@ class Core:
         state = {"groups": self.state, "held": self.held, "slopes": self.slopes}
         pending = {"rows": self.rows, "losses": self.losses, "aux": self.aux}
         waiting = {"decided": sorted(self.decided), "awaiting": sorted(self.awaiting)}
-        generator = {"seed": self.seed, "state": self.generator.get_state()}
+        device = str(self.generator.device)
+        generator = {"seed": self.seed, "device": device, "state": self.generator.get_state()}
         return {
             "version": VERSION,
             "rule": repr(self.rule),
@@ -229,12 +289,18 @@ class Core:
         Raises:
             ValueError: If it was written by a newer version or for another rule.
         """
+        missing = _KEYS - set(state_dict) if isinstance(state_dict, Mapping) else _KEYS
+        if missing:
+            raise ValueError(
+                "Checkpoint: expected what `core.state_dict()` gave, but there is no "
+                f"{', '.join(sorted(missing))}; load a checkpoint of this optimizer."
+            )
         if state_dict["version"] > VERSION:
             raise ValueError(
                 f"Checkpoint: written by version {state_dict['version']} of the state, this "
                 f"release reads up to {VERSION}; install a newer gradbal."
             )
-        theirs, ours = state_dict["rule"].split("(")[0], repr(self.rule).split("(")[0]
+        theirs, ours = _kinds(state_dict["rule"]), _kinds(repr(self.rule))
         if theirs != ours:
             raise ValueError(
                 f"Checkpoint: holds the state of the rule {theirs}, this optimizer has {ours}; "
@@ -254,6 +320,7 @@ class Core:
         self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]
         self.solved, self.skipped, self.age = step["solved"], step["skipped"], step["age"]
         self.epoch, self.seed = step["epoch"], generator["seed"]
+        self.generator = torch.Generator(generator["device"])
         self.generator.set_state(generator["state"].cpu())
         self.state, self.held, self.slopes = state["groups"], state["held"], state["slopes"]
         self.rows, self.losses, self.aux = pending["rows"], pending["losses"], pending["aux"]
@@ -261,8 +328,19 @@ class Core:
         self.choice = loaded["choice"]
 
 
+def _kinds(rule: str) -> str:
+    """Return the classes in a rule's repr, without their options."""
+    return " of ".join(re.findall(r"(\w+)\(", rule))
+
+
 def _added(old: Mapping[int, Tensor], new: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {**old, **new, **{key: old[key] + new[key] for key in old.keys() & new.keys()}}
+    return {**old, **new, **{key: added(old[key], new[key]) for key in old.keys() & new.keys()}}
+
+
+def _shallow(tree: Any) -> Any:  # containers are copied, what they hold is not
+    if isinstance(tree, dict):
+        return {key: _shallow(value) for key, value in tree.items()}
+    return tree.copy() if isinstance(tree, list | set) else tree
 
 
 def _cloned(tree: Any) -> Any:  # a tree of dicts and lists with tensors as leaves

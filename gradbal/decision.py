@@ -63,7 +63,7 @@ class Decision:
             weights=stacked[0] if stacked is not None and len(stacked) == 1 else stacked,
             heads=self.heads,
             grams={
-                group: gram[members[group]][:, members[group]]
+                group: _part_of(gram, members[group])
                 for group, gram in seen.grams.items()
                 if group in members
             },
@@ -98,7 +98,7 @@ class Policy:
         if self.heads == "plain":
             return shared, None
         if heads is not None:
-            return shared, heads * factor
+            return shared, heads
         return shared, shared if (self.heads or rule.heads) == "weighted" else None
 
 
@@ -142,8 +142,7 @@ def decide(
         )
         decision.contexts[group] = (numbers, ctx)
         if isinstance(rule, GradientRule):
-            stacks = rows(group) if rows is not None else {}
-            found = _direct(rule, part, stacks, ctx, scale, policy)
+            found = _direct(rule, part, rows(group) if rows else {}, ctx, scale, policy)
             decision.direction = {**(decision.direction or {}), **found}
             continue
         by_loss = isinstance(rule, LossRule)
@@ -164,12 +163,13 @@ def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
     shared = decision.shared[MODEL]
     index = torch.tensor(tasks, device=shared.device)
     whole = shared.new_zeros(len(core.names))
-    core.held["tasks"] = whole.index_fill(0, index, 1)
-    core.held["shared"] = whole.index_copy(0, index, shared)
-    core.held.pop("heads", None)
+    core.held = {
+        "tasks": whole.index_fill(0, index, 1),
+        "shared": whole.index_copy(0, index, shared),
+        "one pass": torch.tensor(decision.in_one_pass),
+    }
     if decision.heads is not None:
         core.held["heads"] = whole.index_copy(0, index, decision.heads)
-    core.held["one pass"] = torch.tensor(decision.in_one_pass)
 
 
 def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
@@ -207,6 +207,10 @@ class _Part:
         if self.index is None:
             return vector
         return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
+
+
+def _part_of(gram: Tensor, positions: Sequence[int]) -> Tensor:
+    return gram if len(positions) == len(gram) else gram[positions][:, positions]
 
 
 def _direct(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
-from gradbal.crossing import Segment
+from gradbal.crossing import Segment, loop
 from gradbal.decision import MODEL, Decision, Rows
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members, several
@@ -48,9 +48,9 @@ class TaskGradients:
         return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
 
     @property
-    def rows(self) -> Rows | None:
-        """What gives the rows of a group, if they were kept."""
-        return self.sink.stacks if isinstance(self.sink, Keep) else None
+    def rows(self) -> Rows:
+        """What gives the rows of a group, for elementwise rules."""
+        return self.sink.stacks
 
 
 class Descent:
@@ -157,7 +157,7 @@ class Descent:
         heads, shared = Heads(), self.shared_numbers(known)
         sink: Keep | GramOnly
         if at_cut or isinstance(self.engine, Representation):
-            sink = gram_only(plan, len(batch.tasks), pool=self.pool and not at_cut)
+            sink = gram_only(plan, len(self.params), pool=self.pool and not at_cut)
             edges, seeds = boundary(plan), batch.seeds(scale)
             for cotangent in descend(
                 plan, self.params, seeds, heads, sink, edges=edges, retain_graph=True
@@ -225,16 +225,16 @@ class Descent:
         sink = gradients.sink
         out = gradients.heads.direction(decision.heads)
         if decision.direction is not None:
-            shared = decision.direction
+            shared = sink.like_rows(decision.direction)
         elif isinstance(sink, Keep):
             in_place = all(self.params[number].grad is None for number in sink.groups)
             shared = sink.direction(decision.shared.__getitem__, in_place=in_place)
-        elif gradients.members:
-            weights = decision.shared[MODEL]
-            shared = sink.direction(weights) | self._pull(plan, sink, weights, retain_graph)
         else:
-            shared = {}
-        return out | {n: grad for n, grad in shared.items() if n in gradients.reached}
+            shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
+        if isinstance(sink, GramOnly):
+            pulled = self._pull(plan, shared, retain_graph)
+            shared = {n: g for n, g in shared.items() if n < len(self.params)} | pulled
+        return out | shared
 
     def shared_numbers(self, known: Mapping[int, int]) -> set[int]:
         """Return the parameters that are shared, now or by what was seen before."""
@@ -252,19 +252,22 @@ class Descent:
         self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
-        edges = plan.cut if plan.trunk else ()
+        if self.crossing is loop or not plan.trunk:
+            plan = plan.in_one_piece()  # a stop at the cut would change nothing but cost a launch
         keep = retain_graph or bool(plan.trunk)
-        cotangents = descend(plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep)
-        segment = Segment(edges, [self.params[number] for number in plan.trunk], retain_graph)
+        cotangents = descend(
+            plan, self.params, seeds, heads, sink, edges=plan.cut, retain_graph=keep
+        )
+        segment = Segment(plan.cut, [self.params[number] for number in plan.trunk], retain_graph)
         for rows in self.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 
     def _pull(
-        self, plan: Plan, sink: GramOnly, weights: Tensor, retain_graph: bool
+        self, plan: Plan, values: Mapping[int, Tensor], retain_graph: bool
     ) -> dict[int, Tensor]:
-        """Take the weighted sum of all cotangents down through the trunk."""
-        values = sink.cotangent(weights, len(plan.cut))
-        pairs = [(e, v) for e, v in zip(plan.cut, values, strict=True) if v is not None]
+        """Take one gradient per edge of the cut, numbered on, down through the trunk."""
+        first = len(self.params)
+        pairs = [(edge, values[n]) for n, edge in enumerate(plan.cut, first) if n in values]
         if not pairs or not plan.trunk:
             return {}
         grads = torch.autograd.grad(

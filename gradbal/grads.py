@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gradbal.gram import added
+
 
 class Writer:
     """Write into ``.grad`` as ``loss.backward()`` would: add, in the strides of the parameter.
@@ -34,7 +36,7 @@ class Writer:
             param = params[number]
             old = param.grad
             if grad.is_sparse or (old is not None and old.is_sparse):
-                param.grad = grad.clone() if old is None else old + grad
+                param.grad = grad.clone() if old is None else added(old, grad)
             elif old is not None:
                 into.append(old)
                 dense.append(grad)

@@ -22,6 +22,8 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     Returns:
         Shape ``[m, m]``, float64, on the device of ``rows``.
     """
+    if rows.is_complex():  # the inner product is the real part of the complex one
+        rows = torch.view_as_real(rows).flatten(1)
     if not scaled and _is_plain(rows):
         return (rows @ rows.T).double()
     dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
@@ -54,6 +56,19 @@ def sparse_gram(rows: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
+def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Stack rows, with zeros for those that are missing; None if all are."""
+    some = next((row for row in rows if row is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if row is None else row for row in rows])
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """Add two gradients, of which either may be sparse; the sum of two kinds is dense."""
+    return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
 def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute the weighted sum of rows.
 
@@ -64,6 +79,9 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if out is None:
         out = rows.new_empty(rows.shape[1])
+    if rows.is_complex():
+        combine(torch.view_as_real(rows).flatten(1), weights, torch.view_as_real(out).flatten())
+        return out
     if _is_plain(rows):
         return torch.mv(rows.T, weights.to(rows.dtype), out=out)
     for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):

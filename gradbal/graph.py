@@ -1,7 +1,7 @@
 """The plan: which parameters the tasks share, and where their graphs meet."""
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Boundary = tuple[GradientEdge, ...]
+Edge = tuple[Node, int]
 Place = tuple[int, int]  # which module, which of its outputs
 
 
@@ -29,6 +30,7 @@ class Plan:
 
     Attributes:
         roots: Where each task's loss stands in the graph.
+        tasks: The number of each task.
         own: Per task, the parameters that are its alone.
         above: Per task, the shared parameters that it reaches beside the trunk.
         cut: Edges where the tasks' graphs meet; none lies below another.
@@ -41,6 +43,7 @@ class Plan:
     """
 
     roots: list[GradientEdge]
+    tasks: list[int]
     own: list[list[int]]
     above: list[list[int]]
     cut: Boundary
@@ -51,6 +54,14 @@ class Plan:
     foreign: int = 0
     nodes: int = 0
 
+    def in_one_piece(self) -> "Plan":
+        """Return the same plan without a cut: each task goes from its loss to the parameters."""
+        above = [
+            [*numbers, *(n for n in self.trunk if self.reached[n] >> task & 1)]
+            for numbers, task in zip(self.above, self.tasks, strict=True)
+        ]
+        return replace(self, above=above, cut=(), trunk=[])
+
 
 @dataclass
 class Walk:
@@ -58,11 +69,13 @@ class Walk:
 
     Attributes:
         order: Every node after all nodes that use it.
+        edges: What each node passes gradients to.
         tasks: The roots above each node, as a bit set.
         sparse: Leaves used by an operation whose gradient is sparse.
     """
 
     order: list[Node]
+    edges: dict[Node, list[Edge]]
     tasks: dict[Node, int]
     sparse: set[Node]
 
@@ -95,10 +108,11 @@ def make_plan(
     if tag is None:
         region = {node for node in walk.order if several(walk.tasks[node])}
     else:
-        region = nodes_below([edge.node for edge, *_ in marked])
+        region = nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {root.node for root in roots})
     plan = Plan(
         roots=list(roots),
+        tasks=list(tasks),
         own=[[] for _ in roots],
         above=[[] for _ in roots],
         cut=edges_into({node for node in entries if type(node) is not LEAF}, walk, roots),
@@ -142,17 +156,17 @@ def members(tasks: int) -> list[int]:
 def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
     """Visit every node under the roots and note the tasks above it."""
     order: list[Node] = []
-    seen: set[Node] = set()
+    edges: dict[Node, list[Edge]] = {}
     for root in roots:
         stack = [(root.node, False)]
         while stack:
             node, done = stack.pop()
             if done:
                 order.append(node)
-            elif node not in seen:
-                seen.add(node)
+            elif node not in edges:
+                below = edges[node] = [(n, i) for n, i in node.next_functions if n is not None]
                 stack.append((node, True))
-                stack.extend((n, False) for n, _ in node.next_functions if n and n not in seen)
+                stack.extend((child, False) for child, _ in below if child not in edges)
     order.reverse()
     tasks = dict.fromkeys(order, 0)
     for number, root in zip(numbers, roots, strict=True):
@@ -160,12 +174,11 @@ def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
     sparse: set[Node] = set()
     for node in order:
         above = tasks[node]
-        for below, _ in node.next_functions:
-            if below is not None:
-                tasks[below] |= above
-                if type(below) is LEAF and getattr(node, "_saved_sparse", False):
-                    sparse.add(below)
-    return Walk(order, tasks, sparse)
+        for child, _ in edges[node]:
+            tasks[child] |= above
+            if type(child) is LEAF and getattr(node, "_saved_sparse", False):
+                sparse.add(child)
+    return Walk(order, edges, tasks, sparse)
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:
@@ -203,7 +216,7 @@ def marked_edges(walk: Walk, tag: Hashable) -> list[Marked]:
     ]
 
 
-def nodes_below(tops: Sequence[Node]) -> set[Node]:
+def nodes_below(tops: Sequence[Node], walk: Walk) -> set[Node]:
     """Return the nodes given and everything they depend on."""
     found: set[Node] = set()
     stack = list(tops)
@@ -211,7 +224,7 @@ def nodes_below(tops: Sequence[Node]) -> set[Node]:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(below for below, _ in node.next_functions if below is not None)
+            stack.extend(child for child, _ in walk.edges[node])
     return found
 
 
@@ -230,13 +243,11 @@ def meeting_nodes(walk: Walk, region: set[Node], tops: set[Node]) -> set[Node]:
     users: dict[Node, list[Node]] = {}
     entries = tops & region
     for node in walk.order:
-        inside = node in region
-        for below, _ in node.next_functions:
-            if below in region:
-                if inside:
-                    users.setdefault(below, []).append(node)
-                else:
-                    entries.add(below)
+        if node in region:
+            for child, _ in walk.edges[node]:
+                users.setdefault(child, []).append(node)
+        else:
+            entries.update(child for child, _ in walk.edges[node] if child in region)
     outside: set[Node] = set()
     queue = list(entries)
     while queue:
@@ -248,17 +259,18 @@ def meeting_nodes(walk: Walk, region: set[Node], tops: set[Node]) -> set[Node]:
             outside.add(node)
             entries.discard(node)
             stack.extend(users.get(node, ()))
-            for below, _ in node.next_functions:
-                if below is not None and below not in outside and below not in entries:
-                    entries.add(below)
-                    queue.append(below)
+            for child, _ in walk.edges[node]:
+                if child not in outside and child not in entries:
+                    entries.add(child)
+                    queue.append(child)
     region -= outside
     return entries
 
 
 def edges_into(nodes: set[Node], walk: Walk, roots: Sequence[GradientEdge]) -> Boundary:
     """Return every edge that leads into one of the nodes, each once."""
-    slots = {(root.node, root.output_nr): None for root in roots if root.node in nodes}
-    for node in walk.order:
-        slots.update(((below, n), None) for below, n in node.next_functions if below in nodes)
-    return tuple(GradientEdge(node, number) for node, number in slots)
+    found = {(root.node, root.output_nr): None for root in roots if root.node in nodes}
+    if nodes:
+        for node in walk.order:
+            found.update((edge, None) for edge in walk.edges[node] if edge[0] in nodes)
+    return tuple(GradientEdge(node, number) for node, number in found)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.crossing import Cotangent, Rows
+from gradbal.gram import added
 from gradbal.graph import Boundary, Plan
 
 
@@ -37,7 +38,7 @@ class Heads:
                     weight = weights[task]
                     weight = weight.to(grad.device) if isinstance(weight, Tensor) else weight
                     grad = (grad * weight).to(grad.dtype)
-                out[number] = out[number] + grad if number in out else grad
+                out[number] = added(out[number], grad) if number in out else grad
         return out
 
 

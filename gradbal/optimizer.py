@@ -10,13 +10,14 @@ from torch.autograd.profiler import record_function
 from gradbal import reports
 from gradbal.arguments import OWNER, Groups, Options, Parameters, tensors_of
 from gradbal.calls import AuxLosses, Call, fill, pass_once, replacing_grads
-from gradbal.closures import Evaluations, losses_after
+from gradbal.closures import Evaluations
 from gradbal.core import Core
 from gradbal.decision import MODEL, Decision, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.engines import Engine, make_engine
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
+from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
@@ -87,7 +88,15 @@ class MTLOptimizer(WrappedOptimizer):
             raise TypeError(f"{OWNER}: expected a torch optimizer, got {optimizer!r}.")
         rule, self.engine = make_rule(rule), make_engine(engine)
         self.options = Options(
-            scale, heads, groups, update_every, on_nonfinite, learned_lr, capturable, process_group
+            scale,
+            heads,
+            groups,
+            update_every,
+            on_nonfinite,
+            learned_lr,
+            capturable,
+            process_group,
+            seed,
         )
         self.options.check(rule, self.engine, optimizer)
         self.shared = None if shared is None else tensors_of(shared)
@@ -152,7 +161,7 @@ class MTLOptimizer(WrappedOptimizer):
         self.options.refuse_more(self.core.rule, more)
         if callable(losses):
             losses, closure = None, losses
-        self.options.check_closure(self.core.rule, self.base, losses, closure)
+        self.options.check_closure(self.core.rule, self.base, losses, closure, aux)
         if losses is not None:
             if not self._balance(losses, Call(aux, fresh=True)):
                 return None
@@ -163,7 +172,7 @@ class MTLOptimizer(WrappedOptimizer):
             evaluations = Evaluations(closure, self._evaluate, aux)
             result = self.base.step(evaluations)
             closure = closure if evaluations.count else None
-        self._after_step(closure)
+        self._learning.after_step(closure)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -177,7 +186,7 @@ class MTLOptimizer(WrappedOptimizer):
 
     def end_epoch(self) -> None:
         """Mark the end of an epoch, for rules that average over epochs."""
-        self.core.epoch += 1
+        self.core.epoch = self.core.epoch + 1
 
     def check(self, losses: Losses) -> dict[str, float]:
         """Verify the engine's task gradients against lone passes; nothing changes.
@@ -191,7 +200,11 @@ class MTLOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: If one deviates by more than rounding explains.
         """
-        return reports.check(self._descent, self.core, self._read(losses))
+        with self.core.transaction() as undo:
+            try:
+                return reports.check(self._descent, self.core, self._read(losses))
+            finally:
+                undo()
 
     def explain(self, losses: Losses | None = None) -> str:
         """Say in words what is shared, where the cut is, and what a step costs.
@@ -199,12 +212,17 @@ class MTLOptimizer(WrappedOptimizer):
         Args:
             losses: As for ``backward``, their graph is kept; None for what needs no graph.
         """
-        batch = None if losses is None else self._read(losses)
-        return reports.explain(self._descent, self.core, batch)
+        with self.core.transaction() as undo:
+            try:
+                batch = None if losses is None else self._read(losses)
+                return reports.explain(self._descent, self.core, batch)
+            finally:
+                undo()
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the newest step as a flat dict of 0-dim tensors; nothing is read back."""
-        return {} if self.last is None else self.last.metrics()
+        metrics = {} if self.last is None else self.last.metrics()
+        return {**metrics, "gradbal/skipped": torch.tensor(float(self.core.skipped))}
 
     @property
     def rule(self) -> Rule:
@@ -217,48 +235,51 @@ class MTLOptimizer(WrappedOptimizer):
     @torch.no_grad()
     def _balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
-        batch = self._read(losses)
-        scale = call.initial_gradient(batch.values.device)
-        decision, bad = self._decide_on_losses(batch, call)
-        if bad:
-            return self._refuse("loss", bad, batch.tasks, call)
-        if decision is not None and decision.in_one_pass:
-            return self._pass_once(batch, decision, scale, call)
-        with record_function("gradbal::jacobian"):
-            found = gather(
-                self._descent, self.core, batch, scale, call, at_cut=decision is not None
-            )
-        if found is None:
-            return False
-        with record_function("gradbal::gram"):
-            seen = found.survey(scale, grams=decision is None, capturable=self.options.capturable)
-        if seen.bad and self._stops(call):
-            return self._refuse("gradient", seen.bad, found.tasks, call)
-        if decision is None:
+        core, options = self.core, self.options
+        with core.transaction(random=not options.capturable) as undo:
+            batch = self._read(losses)
+            scale = call.initial_gradient(batch.values.device)
+            decision, bad = self._decide_on_losses(batch, call)
+            if bad:
+                return self._refuse("loss", bad, batch.tasks, call, undo)
+            if decision is not None and decision.in_one_pass and not core.rows:
+                return self._pass_once(batch, decision, scale, call, undo)
+            at_cut = decision is not None and not core.rows
+            with record_function("gradbal::jacobian"):
+                found = gather(self._descent, core, batch, scale, call, at_cut=at_cut)
+            if found is None:
+                return False
+            with record_function("gradbal::gram"):
+                seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
+            if seen.bad and options.stops_at_nonfinite(call.scaler):
+                return self._refuse("gradient", seen.bad, found.tasks, call, undo)
             with record_function("gradbal::solve"):
-                decision = self._decide(found, seen, scale)
-        with record_function("gradbal::write_grad"):
-            self._write(found, decision, call)
-        self._commit(decision, found.tasks, seen, call)
-        self.core.sets = found.known
-        self.core.discard()
-        return True
+                decision = decision or self._decide(found, seen, scale)
+            with record_function("gradbal::write_grad"):
+                self._write(found, decision, call)
+            self._commit(decision, found.tasks, seen, call)
+            core.sets = found.known
+            core.discard()
+            return True
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, list[int]]:
         """Find weights that need no gradient, or the tasks whose losses forbid to go on."""
-        core = self.core
-        if call.accumulate or core.rows:
+        core, options = self.core, self.options
+        if call.accumulate:
             return None, []
-        reusable = call.replay or core.age + 1 < self.options.update_every
-        held = reuse(core, batch.tasks) if reusable else None
-        if held is None and not isinstance(core.rule, LossRule):
-            return None, []
-        seen = survey_losses(batch.values, capturable=self.options.capturable)
-        if seen.bad and self._stops(call):
+        reusable = call.replay or core.age + 1 < options.update_every
+        held = reuse(core, sorted({*batch.tasks, *core.losses})) if reusable else None
+        if core.rows or (held is None and not isinstance(core.rule, LossRule)):
+            return held, []
+        aux = call.aux_batch()
+        seen = survey_losses(
+            batch.values, None if aux is None else aux.values, capturable=options.capturable
+        )
+        if seen.bad and options.stops_at_nonfinite(call.scaler):
             return None, seen.bad
         if held is None:
-            self._show(batch.tasks, seen.losses)
-            held = decide(core, self.options.policy, batch.tasks, {}, seen)
+            self._learning.show(batch.tasks, seen.losses)
+            held = decide(core, options.policy, batch.tasks, {}, seen)
         return held, []
 
     def _decide(self, found: Gathered, seen: Survey, scale: Tensor | None) -> Decision:
@@ -267,7 +288,7 @@ class MTLOptimizer(WrappedOptimizer):
         if seen.bad:
             ones = torch.ones_like(seen.losses)
             return Decision(dict.fromkeys(gradients.members, ones), reused=True)
-        self._show(found.tasks, seen.losses)
+        self._learning.show(found.tasks, seen.losses)
         return decide(
             self.core,
             self.options.policy,
@@ -282,8 +303,7 @@ class MTLOptimizer(WrappedOptimizer):
     def _write(self, found: Gathered, decision: Decision, call: Call) -> None:
         """Write the direction, the heads' gradients and the auxiliary ones."""
         params = self._descent.params
-        if call.fresh or all(param.grad is None for param in params):
-            self.core.forget_step()
+        self._start_anew(call)
         with replacing_grads(params, fresh=call.fresh):
             grads = self._descent.direction(
                 found.plan, found.gradients, decision, retain_graph=call.retain_graph
@@ -292,30 +312,68 @@ class MTLOptimizer(WrappedOptimizer):
             self._writer.add(params, found.aux, {})
 
     def _pass_once(
-        self, batch: Batch, decision: Decision, scale: Tensor | None, call: Call
+        self,
+        batch: Batch,
+        decision: Decision,
+        scale: Tensor | None,
+        call: Call,
+        undo: Callable[[], None],
     ) -> bool:
         """Take the weighted losses down in one ordinary pass."""
         descent = self._descent
         if not descent.seen:  # the only time that the graph is walked
             descent.plan(batch, self.core.sets, found=True)
-        if call.fresh or all(param.grad is None for param in descent.params):
-            self.core.forget_step()
+        self._start_anew(call)
         weights = decision.shared[MODEL]
         with replacing_grads(descent.params, fresh=call.fresh):
             finite = pass_once(descent.params, batch, weights, scale, call)
-        if finite:  # else the scaler leaves the step out
+        if finite:
             self._commit(decision, batch.tasks, Survey({}, batch.values, None, []), call)
+        else:  # the scaler will leave the step out
+            undo()
         return True
+
+    def _start_anew(self, call: Call) -> None:
+        """Forget what belonged to gradients that are gone."""
+        gone = all(param.grad is None for param in self._descent.params)
+        if (call.fresh and not call.replay) or gone:
+            self.core.forget_step()
 
     def _commit(self, decision: Decision, tasks: Sequence[int], seen: Survey, call: Call) -> None:
         """Keep what the rule has changed, now that the gradients are written."""
         core = self.core
-        decision.commit(core)
+        if not call.replay:
+            decision.commit(core)
         if call.hold or self.options.update_every > 1:
             hold(core, decision, tasks)
-        if type(core.rule).observe is not Rule.observe:
-            core.decided.update(tasks)
+        if core.rule.observes:
+            core.decided = core.decided.union(tasks)
         self.last = decision.record([core.names[task] for task in tasks], seen)
+
+    def _refuse(
+        self,
+        what: str,
+        bad: Sequence[int],
+        tasks: Sequence[int],
+        call: Call,
+        undo: Callable[[], None],
+    ) -> bool:
+        """Deal with what is not finite: raise, skip the step, or let the scaler skip it."""
+        names = tuple(self.core.names[task] for task in tasks)
+        if call.scaler is None and self.options.when_nonfinite == "raise":
+            whose = ", ".join("the auxiliary loss" if i < 0 else f"task {names[i]!r}" for i in bad)
+            raise ValueError(
+                f"{OWNER}: the {what} of {whose} is not finite; nothing was changed. Look for the "
+                'cause with torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" '
+                "to leave such steps out."
+            )
+        undo()
+        self.core.discard()
+        self.core.forget_step()
+        self.core.skipped += call.scaler is None
+        self.last = StepRecord(names, torch.full((len(names),), torch.nan), skipped=True)
+        fill(self._descent.params, None if call.scaler is None else torch.inf)
+        return call.scaler is not None
 
     # ------------------------------------------------------------------ around the flow
 
@@ -332,62 +390,16 @@ class MTLOptimizer(WrappedOptimizer):
             )
         return batch
 
-    def _stops(self, call: Call) -> bool:
-        return call.scaler is not None or self.options.when_nonfinite != "propagate"
-
-    def _refuse(self, what: str, bad: Sequence[int], tasks: Sequence[int], call: Call) -> bool:
-        """Deal with what is not finite: let the scaler skip the step, skip it, or raise."""
-        names = tuple(self.core.names[task] for task in tasks)
-        if call.scaler is None and self.options.when_nonfinite == "raise":
-            whose = ", ".join("the auxiliary loss" if i < 0 else f"task {names[i]!r}" for i in bad)
-            raise ValueError(
-                f"{OWNER}: the {what} of {whose} is not finite; nothing was changed. Look for the "
-                'cause with torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" '
-                "to leave such steps out."
-            )
-        self.core.discard()
-        self.core.skipped += 1
-        self.last = StepRecord(names, torch.full((len(names),), torch.nan), skipped=True)
-        fill(self._descent.params, None if call.scaler is None else torch.inf)
-        return call.scaler is not None
-
     def _evaluate(self, losses: Losses, aux: AuxLosses | None, count: int) -> Tensor:
         """Write gradients for one of several evaluations in a step, all with the same weights."""
+        if count > 1 and not self.core.held:
+            raise RuntimeError(
+                f"{OWNER}: {type(self.base).__name__} evaluates the losses several times in a "
+                f"step, and {type(self.core.rule).__name__} with these options has no weights to "
+                "hold meanwhile; choose a rule with weights, and one group."
+            )
         self._balance(losses, Call(aux, fresh=True, hold=count == 1, replay=count > 1))
         return self.last.objective() if self.last is not None else torch.zeros(())
-
-    @torch.no_grad()
-    def _after_step(self, closure: Callable[[], Any] | None) -> None:
-        """Step what the rule learns, and let it see the losses again."""
-        core = self.core
-        core.learn(self._learned_lr())
-        if not core.decided:
-            return
-        core.awaiting, core.decided = set(core.decided), set()
-        if closure is not None and core.rule.after != "next":
-            names, losses = losses_after(closure)
-            tasks = core.number_tasks(names, len(losses))
-            self._show(tasks, torch.stack([loss.reshape(()) for loss in losses]).double())
-        else:
-            self._descent.tell_once(
-                "next",
-                f"{type(core.rule).__name__} looks at the losses after the step; without a "
-                "closure it takes those of the next step, which belong to another batch.",
-            )
-
-    def _show(self, tasks: Sequence[int], losses: Tensor) -> None:
-        """Show the rule the losses after its last step, if it waits for them."""
-        core = self.core
-        here = [i for i, task in enumerate(tasks) if task in core.awaiting]
-        if here:
-            core.awaiting = set()
-            core.observe([tasks[i] for i in here], losses[here])
-            core.learn(self._learned_lr())
-
-    def _learned_lr(self) -> float | Tensor:
-        lr = self.options.learned_lr or self.core.rule.learned_lr
-        live: float | Tensor = self.base.param_groups[0]["lr"]
-        return live if lr is None else lr
 
     def _init_runtime(self) -> None:
         super()._init_runtime()
@@ -396,8 +408,11 @@ class MTLOptimizer(WrappedOptimizer):
             self.base, self.engine, self.shared, self.options.groups, norms_only=norms_only
         )
         self._writer = Writer()
+        tell_once, lr = self._descent.tell_once, self.options.learned_lr
+        self._learning = Learning(self.core, self.base, lr, tell_once)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew: storage, hooks and the record of what was said."""
         kept = super().__getstate__().items()
-        return {name: value for name, value in kept if name not in ("_descent", "_writer")}
+        anew = ("_descent", "_writer", "_learning")
+        return {name: value for name, value in kept if name not in anew}

@@ -60,14 +60,17 @@ def boundary(plan: Plan) -> Boundary:
     return (*plan.cut, *(edge for edge, *_ in plan.marked if edge not in cut))
 
 
-def gram_only(plan: Plan, n_tasks: int, *, pool: bool) -> GramOnly:
+def gram_only(plan: Plan, n_params: int, *, pool: bool) -> GramOnly:
     """Return a sink whose rows are the gradients at the marked edges, or else at the cut."""
+    sink = GramOnly(len(plan.tasks), len(plan.cut), n_params, pool)
     position = {edge: i for i, edge in enumerate(boundary(plan))}
     if not plan.marked:
-        return GramOnly(n_tasks, slots=[[i] for i in position.values()])
-    if not pool:
-        return GramOnly(n_tasks, slots=[[position[edge]] for edge, *_ in plan.marked])
-    calls: dict[Place, list[int]] = {}
-    for edge, place, _ in plan.marked:
-        calls.setdefault(place, []).append(position[edge])
-    return GramOnly(n_tasks, pool=True, slots=list(calls.values()))
+        sink.slots = [[i] for i in position.values()]
+    elif not pool:
+        sink.slots = [[position[edge]] for edge, *_ in plan.marked]
+    else:
+        calls: dict[Place, list[int]] = {}
+        for edge, place, _ in plan.marked:
+            calls.setdefault(place, []).append(position[edge])
+        sink.slots = list(calls.values())
+    return sink

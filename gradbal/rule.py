@@ -39,7 +39,8 @@ class Context:
         losses: Losses of the present tasks, shape ``[m]``.
         state: The rule's tensors, restricted to the present tasks; a working copy that is
             kept only when the step succeeds, so a rule may change or rebind its entries.
-        generator: The only source of randomness, on the device of the signal.
+        generator: The only source of randomness, on the CPU; with ``capturable`` on the device
+            of the signal.
         step: Solves done before this one.
         seed: Seed of :meth:`uniform`.
         capturable: Whether nothing may be read back from the device.
@@ -132,6 +133,11 @@ class Rule:
         found by comparing two sizes.
         """
         return {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` does anything."""
+        return type(self).observe is not Rule.observe
 
     def observe(self, losses: Tensor, ctx: Context) -> None:
         """See the losses again after the step was taken; by default nothing is done."""

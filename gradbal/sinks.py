@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradbal.crossing import Cotangent, Rows
-from gradbal.gram import combine, gram_matrix, sparse_gram
+from gradbal.crossing import Rows
+from gradbal.gram import added, combine, gram_matrix, sparse_gram, stacked
 
 Weigh = Callable[[str], Tensor]  # the weights of a group, on some device
 
@@ -59,6 +59,7 @@ class Keep:
         self.blocks: list[Block] = []
         self.layout: object = None
         self.sparse: dict[int, list[Tensor | None]] = {}
+        self.written: set[int] = set()
 
     def open(
         self,
@@ -113,6 +114,8 @@ class Keep:
                 missing = [views[n] for n in views if n in numbers]
                 if missing:
                     torch._foreach_zero_(missing)
+        silent = set.intersection(*self.unwritten) if self.unwritten else set()
+        self.written = set(self.groups) - silent
         self.unwritten = []
 
     def gram(self, group: str, *, scaled: bool = False) -> Tensor:
@@ -141,11 +144,21 @@ class Keep:
             rows = block.rows[: self.n_tasks]
             weights = weigh(block.group).to(rows.device)
             flat = combine(rows, weights, block.flat if in_place else None)
-            out |= block.views(flat, "flat" if in_place else None)
+            views = block.views(flat, "flat" if in_place else None)
+            out |= {number: view for number, view in views.items() if number in self.written}
         for number, column in self.sparse.items():
             total = _weighted(column, weigh(self.groups[number]))
             if total is not None:
                 out[number] = total
+        return out
+
+    def like_rows(self, direction: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return a direction found entry by entry, sparse where the rows are, none where none."""
+        out = {number: d for number, d in direction.items() if number in self.written}
+        for number, rows in self.sparse.items():
+            kinds = {(row.sparse_dim()) if row.is_sparse else 0 for row in rows if row is not None}
+            if number in out and 0 not in kinds:
+                out[number] = out[number].to_sparse(max(kinds))
         return out
 
     def buffers(self) -> dict[int, Tensor]:
@@ -163,10 +176,9 @@ class Keep:
                 rows = block.rows[: self.n_tasks]
                 views |= block.views(rows, ("stack", self.n_tasks))
         for number, sparse in self.sparse.items():
-            some = next((row for row in sparse if row is not None), None)
-            if some is not None and self.groups[number] == group:
-                filled = [torch.zeros_like(some) if row is None else row for row in sparse]
-                views[number] = torch.stack([row.to_dense() for row in filled])
+            dense = stacked([None if row is None else row.to_dense() for row in sparse])
+            if dense is not None and self.groups[number] == group:
+                views[number] = dense
         return views
 
 
@@ -176,20 +188,20 @@ class GramOnly:
 
     Attributes:
         n_tasks: How many tasks there are.
+        n_edges: How many edges the cut has; their cotangents come first.
+        first: Number of the first edge, after those of all parameters.
         pool: Sum rows over the batch axis before they meet (LibMTL's way; no bound is known).
         slots: Which cotangents form a row, as groups of positions: one group is one piece of the
             row, and its members are summed, which needs ``pool``.
     """
 
     n_tasks: int
+    n_edges: int
+    first: int
     pool: bool = False
     slots: Sequence[Sequence[int]] = ()
     held: list[Sequence[Tensor | None]] = field(default_factory=list)
     beside: dict[int, list[Tensor | None]] = field(default_factory=dict)
-
-    def hold(self, cotangent: Cotangent) -> None:
-        """Keep one task's cotangents."""
-        self.held.append(cotangent.values)
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Keep the gradients of shared parameters beside the cut."""
@@ -202,10 +214,8 @@ class GramOnly:
         parts = []
         for slot in self.slots:
             rows = [self._row(values, slot) for values in self.held]
-            some = next((row for row in rows if row is not None), None)
-            if some is not None:
-                filled = [torch.zeros_like(some) if row is None else row for row in rows]
-                parts.append(gram_matrix(torch.stack(filled), scaled=scaled))
+            if (filled := stacked(rows)) is not None:
+                parts.append(gram_matrix(filled, scaled=scaled))
         if not parts:  # one task alone: there is no cut
             parts = [
                 sparse_gram(rows)
@@ -213,6 +223,20 @@ class GramOnly:
                 if any(r is not None for r in rows)
             ]
         return _total(parts)
+
+    def stacks(self, group: str) -> dict[int, Tensor]:
+        """Return the rows of each edge of the cut, numbered on, and of parameters beside it."""
+        found = {self.first + i: stacked(column) for i, column in enumerate(self._columns())}
+        found |= {number: stacked(rows) for number, rows in self.beside.items()}
+        return {number: rows for number, rows in found.items() if rows is not None}
+
+    def like_rows(self, direction: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return a direction found entry by entry as it is."""
+        return dict(direction)
+
+    def _columns(self) -> list[tuple[Tensor | None, ...]]:
+        """Return the cotangents of each edge of the cut, one per task."""
+        return list(zip(*(values[: self.n_edges] for values in self.held), strict=True))
 
     def _row(self, values: Sequence[Tensor | None], slot: Sequence[int]) -> Tensor | None:
         pieces = [value for i in slot if (value := values[i]) is not None]
@@ -223,14 +247,10 @@ class GramOnly:
         total = pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(dim=0)
         return total.flatten()
 
-    def cotangent(self, weights: Tensor, n_edges: int) -> list[Tensor | None]:
-        """Return the weighted sum of the cotangents, one tensor per edge of the cut."""
-        columns = zip(*(values[:n_edges] for values in self.held), strict=True)
-        return [_weighted(column, weights) for column in columns]
-
     def direction(self, weights: Tensor) -> dict[int, Tensor]:
-        """Return the weighted sum of the gradients beside the cut."""
-        sums = {number: _weighted(rows, weights) for number, rows in self.beside.items()}
+        """Return the weighted sum of the rows, numbered as in ``stacks``."""
+        sums = {self.first + i: _weighted(col, weights) for i, col in enumerate(self._columns())}
+        sums |= {number: _weighted(rows, weights) for number, rows in self.beside.items()}
         return {number: total for number, total in sums.items() if total is not None}
 
 
@@ -282,7 +302,7 @@ def _weighted(rows: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
             dtype = row.dtype
             wide = torch.promote_types(dtype, torch.float32)
             term = row.to(wide) * weight.to(row.device, wide)
-            total = term if total is None else total + term
+            total = term if total is None else added(total, term)
     return None if total is None else total.to(dtype)
 
 

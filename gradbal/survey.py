@@ -80,9 +80,11 @@ def _not_finite(numbers: Sequence[float]) -> list[int]:
     return [i for i, number in enumerate(numbers) if not math.isfinite(number)]
 
 
-def survey_losses(losses: Tensor, *, capturable: bool) -> Survey:
-    """Look at losses alone."""
+def survey_losses(losses: Tensor, aux: Tensor | None = None, *, capturable: bool) -> Survey:
+    """Look at losses alone, auxiliary ones among them."""
     if capturable:
         return Survey({}, losses, None, [])
-    values = losses.tolist()
-    return Survey({}, losses, values, _not_finite(values))
+    beside = 0 if aux is None else len(aux)
+    values = (losses if aux is None else torch.cat((losses, aux.to(losses.device)))).tolist()
+    bad = [i if i < len(losses) else -1 for i in _not_finite(values)]
+    return Survey({}, losses, values[: len(values) - beside], bad)

@@ -104,8 +104,9 @@ class WrappedOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a scheduler patched onto this very object."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("step", "_opt_called")}
+        """Leave out hooks, as torch does, and what a scheduler patched onto this very object."""
+        left_out = {*HOOKS, "step", "_opt_called"}
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradbal.crossing.loop import loop
 from gradbal.crossing.segment import Cotangent, Cotangents, Rows, RowStream, Segment
+from gradbal.gram import stacked
 
 log = logging.getLogger("gradbal")
 
@@ -46,28 +47,20 @@ class Batch:
 def _cross(segment: Segment, chunk: Sequence[Cotangent]) -> Rows:
     """Take one chunk down; the graph is kept, so that a failure can be made good."""
     tasks = slice(chunk[0].task, chunk[-1].task + 1)
-    stacked = [_stack(values) for values in zip(*(c.values for c in chunk), strict=True)]
-    tops = [edge for edge, value in zip(segment.top, stacked, strict=True) if value is not None]
+    values = [stacked(column) for column in zip(*(c.values for c in chunk), strict=True)]
+    tops = [edge for edge, value in zip(segment.top, values, strict=True) if value is not None]
     if not tops:
         return Rows(tasks, [None] * len(segment.params))
     missing: set[int] = set()
 
-    def pull(*values: Tensor) -> list[Tensor]:
+    def pull(*cotangents: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(
-            tops, list(segment.params), values, retain_graph=True, allow_unused=True
+            tops, list(segment.params), cotangents, retain_graph=True, allow_unused=True
         )
         missing.update(i for i, grad in enumerate(grads) if grad is None)
-        return [values[0].new_zeros(()) if grad is None else grad for grad in grads]
+        return [cotangents[0].new_zeros(()) if grad is None else grad for grad in grads]
 
     with warnings.catch_warnings():  # an operation that loops inside is slower, not wrong
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads = torch.func.vmap(pull)(*(value for value in stacked if value is not None))
+        grads = torch.func.vmap(pull)(*(value for value in values if value is not None))
     return Rows(tasks, [None if i in missing else grad for i, grad in enumerate(grads)])
-
-
-def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack cotangents of one edge, with zeros for tasks that do not pass it."""
-    some = next((value for value in values if value is not None), None)
-    if some is None:
-        return None
-    return torch.stack([torch.zeros_like(some) if v is None else v for v in values])

@@ -9,9 +9,7 @@ from torch import Tensor
 from gradbal import checks
 from gradbal.registry import register
 from gradbal.rule import Claim, Context, GramRule, Scale
-from gradbal.solvers import cagrad_point, cvxpy_cagrad
-
-STATIONARY = 1e-8  # of the largest gradient norm; below it the hull touches 0
+from gradbal.solvers import cagrad_point, cvxpy_cagrad, touches_zero
 
 
 @register(
@@ -26,7 +24,8 @@ class CAGrad(GramRule):
 
     Solves :math:`\max_d \min_i g_i^\top d` subject to
     :math:`\lVert d - g_0 \rVert \le c \lVert g_0 \rVert` around the mean gradient :math:`g_0`.
-    Where the convex hull of the gradients touches 0 (Pareto stationary), :math:`d = 0`.
+    Where no direction serves all tasks, because the dual's best :math:`J^\top w` is 0,
+    :math:`d = 0`.
 
     Args:
         c: Radius relative to the mean gradient; 0 gives the mean, large values MGDA's direction.
@@ -61,7 +60,7 @@ class CAGrad(GramRule):
         ctx.stats["residual"] = solution.residual
         point = solution.value
         length = (point @ gram @ point).clamp(min=0).sqrt()
-        moving = length > STATIONARY * gram.diagonal().max().sqrt()
+        moving = ~touches_zero(gram, point)
         radius = self.c * (mean @ gram @ mean).clamp(min=0).sqrt()
         weights = mean + radius / length.where(moving, 1) * point
         shrink = {"c2": 1 + self.c**2, "c": 1 + self.c, None: 1}[self.rescale]

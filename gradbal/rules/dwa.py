@@ -13,7 +13,7 @@ from gradbal.rule import Claim, Context, LossRule, Scale, State
 
 @register(
     "dwa",
-    claims=[Claim.EQUIVARIANT, Claim.SUMS_TO_TASKS],
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS, Claim.SUMS_TO_TASKS],
     paper="Liu et al., CVPR 2019",
     year=2019,
 )

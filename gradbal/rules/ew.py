@@ -11,7 +11,9 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, LossRule, Scale
 
 
-@register("ew", claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS], paper="folklore")
+@register(
+    "ew", claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS, Claim.SUMS_TO_TASKS], paper="folklore"
+)
 @dataclass(frozen=True, kw_only=True)
 class EW(LossRule):
     r"""Equal weights: the gradient of :math:`\sum_i L_i`, or of the mean.
@@ -20,6 +22,7 @@ class EW(LossRule):
         reduction: ``"sum"`` (every weight 1) or ``"mean"`` (every weight 1/m).
     """
 
+    needs_losses = False  # only how many there are
     scale: ClassVar[Scale] = "sum"
 
     reduction: Literal["sum", "mean"] = "sum"

@@ -14,7 +14,10 @@ FLOOR = 1e-8  # under the logarithm, as in the authors' code
 
 
 @register(
-    "famo", claims=[Claim.EQUIVARIANT, Claim.SIMPLEX], paper="Liu et al., NeurIPS 2023", year=2023
+    "famo",
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS, Claim.SIMPLEX],
+    paper="Liu et al., NeurIPS 2023",
+    year=2023,
 )
 @dataclass(frozen=True, kw_only=True)
 class FAMO(LossRule):

@@ -11,7 +11,7 @@ from gradbal.rule import Claim, Context, LossRule
 
 @register(
     "gls",
-    claims=[Claim.EQUIVARIANT],
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
     paper="Chennupati et al., CVPR Workshops 2019",
     year=2019,
 )

@@ -11,7 +11,12 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, GradientRule, Scale
 
 
-@register("graddrop", claims=[Claim.HOMOGENEOUS], paper="Chen et al., NeurIPS 2020", year=2020)
+@register(
+    "graddrop",
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    paper="Chen et al., NeurIPS 2020",
+    year=2020,
+)
 @dataclass(frozen=True, kw_only=True)
 class GradDrop(GradientRule):
     r"""Gradient sign dropout.

@@ -11,11 +11,12 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, GramRule, Scale, State
 
 SMALLEST = 1e-6  # of a weight that is trained directly
+TIE = 32  # rounding errors within which a weighted norm has met its target
 
 
 @register(
     "gradnorm",
-    claims=[Claim.EQUIVARIANT, Claim.SUMS_TO_TASKS],
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS, Claim.SUMS_TO_TASKS],
     paper="Chen et al., ICML 2018",
     year=2018,
 )
@@ -76,7 +77,9 @@ class GradNorm(GramRule):
         relative = ctx.losses / initial.where(initial != 0, 1)
         rates = relative / relative.mean().where(relative.mean() != 0, 1)
         targets = weighted.mean() * rates.clamp(min=0) ** self.alpha
-        slope = (weighted - targets).sign() * norms
+        gap = weighted - targets
+        met = gap.abs() <= TIE * ctx.eps * weighted.amax()  # not the sign of rounding errors
+        slope = gap.masked_fill(met, 0).sign() * norms
         if self.parametrization == "softmax":
             slope = weights * (slope - (weights @ slope) / len(weights))
         ctx.slopes["weights"] = slope

@@ -11,7 +11,9 @@ from gradbal.rule import Claim, Context, GramRule, State, Weights
 from gradbal.solvers.equal_projection import equal_projection
 
 
-@register("imtl", claims=[Claim.EQUIVARIANT], paper="Liu et al., ICLR 2021", year=2021)
+@register(
+    "imtl", claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS], paper="Liu et al., ICLR 2021", year=2021
+)
 @dataclass(frozen=True, kw_only=True)
 class IMTL(GramRule):
     r"""Impartial multi-task learning, IMTL-L and IMTL-G together.

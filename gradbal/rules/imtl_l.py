@@ -10,7 +10,12 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, LossRule, State
 
 
-@register("imtl_l", claims=[Claim.EQUIVARIANT], paper="Liu et al., ICLR 2021", year=2021)
+@register(
+    "imtl_l",
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    paper="Liu et al., ICLR 2021",
+    year=2021,
+)
 @dataclass(frozen=True, kw_only=True)
 class IMTLL(LossRule):
     r"""Loss balance: minimise :math:`\sum_i e^{s_i} L_i - s_i` over model and :math:`s`.

@@ -58,6 +58,8 @@ def visits(m: int, order: str, ctx: Context, device: torch.device) -> Tensor:
     if order == "given" or m == 2:
         keys = torch.arange(m, dtype=torch.float64, device=device).expand(m, m).clone()
     else:
-        keys = torch.rand(m, m, generator=ctx.generator, dtype=torch.float64, device=device)
+        source = ctx.generator
+        keys = torch.rand(m, m, generator=source, dtype=torch.float64, device=source.device)
+        keys = keys.to(device)
     keys.fill_diagonal_(torch.inf)  # the own task comes last and is left out
     return keys.argsort(dim=1)[:, : m - 1].T

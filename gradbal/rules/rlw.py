@@ -10,7 +10,9 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, LossRule, Scale
 
 
-@register("rlw", claims=[Claim.SIMPLEX], paper="Lin et al., TMLR 2022", year=2022)
+@register(
+    "rlw", claims=[Claim.HOMOGENEOUS, Claim.SIMPLEX], paper="Lin et al., TMLR 2022", year=2022
+)
 @dataclass(frozen=True, kw_only=True)
 class RLW(LossRule):
     r"""Random loss weighting: :math:`w = \operatorname{softmax}(z)`, :math:`z \sim N(0, I)`.
@@ -19,10 +21,10 @@ class RLW(LossRule):
         Lin et al., TMLR 2022, section 3, with the normal law that their experiments use.
     """
 
+    needs_losses = False  # only how many there are
     scale: ClassVar[Scale] = "mean"
 
     def weights(self, losses: Tensor, ctx: Context) -> Tensor:
-        draw = torch.randn(
-            len(losses), generator=ctx.generator, dtype=losses.dtype, device=losses.device
-        )
-        return torch.softmax(draw, dim=0)
+        source = ctx.generator
+        draw = torch.randn(len(losses), generator=source, dtype=losses.dtype, device=source.device)
+        return torch.softmax(draw.to(losses.device), dim=0)

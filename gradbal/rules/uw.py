@@ -10,7 +10,12 @@ from gradbal.registry import register
 from gradbal.rule import Claim, Context, LossRule, State
 
 
-@register("uw", claims=[Claim.EQUIVARIANT], paper="Kendall et al., CVPR 2018", year=2018)
+@register(
+    "uw",
+    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    paper="Kendall et al., CVPR 2018",
+    year=2018,
+)
 @dataclass(frozen=True, init=False)
 class UW(LossRule):
     r"""Homoscedastic uncertainty: minimise :math:`\sum_i \tfrac12 e^{-s_i} L_i + \tfrac12 s_i`.

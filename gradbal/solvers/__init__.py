@@ -1,6 +1,7 @@
 """Solvers: one module per mathematical problem; they know no rule."""
 
 from gradbal.solvers.cagrad import cagrad_point as cagrad_point
+from gradbal.solvers.equal_projection import equal_projection as equal_projection
 from gradbal.solvers.equilibrate import equilibrate as equilibrate
 from gradbal.solvers.min_norm import min_norm as min_norm
 from gradbal.solvers.min_norm import touches_zero as touches_zero
@@ -11,3 +12,4 @@ from gradbal.solvers.reference import cvxpy_min_norm as cvxpy_min_norm
 from gradbal.solvers.reference import cvxpy_nash as cvxpy_nash
 from gradbal.solvers.reference import cvxpy_nonnegative_qp as cvxpy_nonnegative_qp
 from gradbal.solvers.solution import Solution as Solution
+from gradbal.solvers.spectral import symmetric_eigen as symmetric_eigen
