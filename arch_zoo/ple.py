@@ -1,0 +1,69 @@
+"""PLE: levels of shared and private experts, with a stream for every task and a shared one."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from arch_zoo.encoders import Encoder, Factory
+from arch_zoo.expert_model import ExpertModel
+from arch_zoo.gates import POOLED, Gate, SoftmaxGate
+
+
+class PLE(ExpertModel):
+    r"""Progressive layered extraction; one level of it is :class:`CGC`.
+
+    At each level the stream of task `t` becomes a mixture of its own experts' and the shared
+    experts' outputs, and the shared stream a mixture of all experts' outputs, which the last level
+    needs no more. Each gate reads its own stream. So a task's experts below the last level serve
+    all tasks, and only those of the last level and the gates of the last two are its own. A task
+    with its own batch sends it through the experts of all tasks.
+
+    Args:
+        levels: One factory of experts per level; experts of a level have one output shape.
+        heads: One module per task, which reads this task's last stream.
+        num_shared: Shared experts per level; with none, the tasks share nothing but the stem.
+        num_specific: Experts of each task per level, one number or one for each task.
+        gate: What the gates read of their streams, and their depth.
+        shared_stream: If false, there is no shared stream: shared experts read each task's stream,
+            and a task's own experts stay its own at every level.
+        stem: A shared encoder below the first level.
+
+    Raises:
+        TypeError: If the experts of a level are one module, or the stem is no encoder.
+        ValueError: If there is no level, a task has no expert, or the heads cannot be named.
+
+    Source:
+        Tang et al., Progressive Layered Extraction, RecSys 2020, the section that names it.
+
+    Example:
+        >>> heads = {"click": nn.Linear(8, 1), "buy": nn.Linear(8, 1)}
+        >>> levels = [lambda: nn.Linear(4, 8), lambda: nn.Linear(8, 8)]
+        >>> sets = PLE(levels, heads, num_shared=1, num_specific=1).parameter_task_sets()
+        >>> [sorted(sets[f"levels.{i}.specific.buy.experts.weight"]) for i in range(2)]
+        [['buy', 'click'], ['buy']]
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Factory],
+        heads: Mapping[str, nn.Module],
+        *,
+        num_shared: int,
+        num_specific: int | Mapping[str, int],
+        gate: Gate = POOLED,
+        shared_stream: bool = True,
+        stem: Encoder | None = None,
+    ) -> None:
+        if not levels:
+            raise ValueError("PLE: `levels` must hold at least one factory of experts, got none.")
+        super().__init__(
+            heads,
+            levels,
+            num_shared=num_shared,
+            num_specific=num_specific,
+            gate=gate,
+            make_gate=partial(SoftmaxGate, gate),
+            stem=stem,
+            shared_stream=shared_stream,
+        )
