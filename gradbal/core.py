@@ -1,18 +1,17 @@
 """Everything that a rule remembers: tasks, state, randomness and what is pending."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import added
 from gradbal.learner import advance
 from gradbal.rule import Context, Rule, State
 from gradbal.state import grown, merged, new_state, part, per_task_options, task_axes
+from gradbal.tasks import announced_tasks, known_tasks
+from gradbal.trees import cloned, kinds, merged_sums, shallow
 
 VERSION = 1
 Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
@@ -76,28 +75,10 @@ class Core:
         self.aux: dict[int, Tensor] = {}
         self.choice: dict[str, Any] = {}
         if tasks is not None:
-            self.check_tasks(tasks)
+            self.numbered = isinstance(tasks, int)
+            self._grow(announced_tasks(tasks))
 
     # ------------------------------------------------------------------ tasks
-
-    def check_tasks(self, tasks: object) -> None:
-        """Take the tasks that were announced when the optimizer was built.
-
-        Raises:
-            TypeError: If they are neither a number nor a list of names.
-            ValueError: If there is none, or a name comes twice.
-        """
-        if isinstance(tasks, int) and not isinstance(tasks, bool):
-            checks.at_least("MTLOptimizer", 1, tasks=tasks)
-            self.numbered = True
-            self._grow([str(i) for i in range(tasks)])
-            return
-        names = [] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else list(tasks)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(
-                f"MTLOptimizer: `tasks` must be a list of names or their number, got {tasks!r}."
-            )
-        self._grow(names)
 
     def number_tasks(self, names: Sequence[str] | None, count: int) -> list[int]:
         """Return the number of each task, and make room for new ones.
@@ -109,32 +90,14 @@ class Core:
         Raises:
             ValueError: If a list has another length than before.
         """
-        if names is None:
-            if not self.names:
-                self.numbered = True
-                self._grow([str(i) for i in range(count)])
-            if count != len(self.names):
-                raise ValueError(
-                    f"Losses: expected one loss for each of the {len(self.names)} tasks "
-                    f"({', '.join(self.names)}), got {count}; give a mapping to leave tasks out."
-                )
-            return list(range(count))
-        if self.numbered and any(name not in self.names for name in names):
-            if len(names) != len(self.names):
-                raise ValueError(
-                    f"Losses: expected a name for each of the {len(self.names)} tasks known by "
-                    f"number only, got {len(names)}; name all of them once, or use `tasks=`."
-                )
-            self.names, self.numbered = list(names), False
-        new = [name for name in names if name not in self.names]
-        if new:
-            self._grow([*self.names, *new])
-        return [self.names.index(name) for name in names]
+        known = known_tasks(self.names, names, count, numbered=self.numbered)
+        if known != self.names:
+            self.numbered = names is None
+            self._grow(known)
+        return list(range(count)) if names is None else [known.index(name) for name in names]
 
     def _grow(self, names: list[str]) -> None:
         """Extend every tensor of every group to the new number of tasks."""
-        if len(set(names)) != len(names):
-            raise ValueError(f"Tasks: names must be distinct, got {names!r}.")
         per_task_options(self.rule, len(names))
         for group, state in self.state.items():
             device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
@@ -224,8 +187,10 @@ class Core:
         self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
     ) -> tuple[Rows, dict[int, Tensor], dict[int, Tensor]]:
         """Return these gradients, losses and auxiliary gradients with the pending ones added."""
-        columns = {n: _added(self.rows.get(n, {}), rows.get(n, {})) for n in {**self.rows, **rows}}
-        return columns, _added(self.losses, losses), _added(self.aux, aux)
+        columns = {
+            n: merged_sums(self.rows.get(n, {}), rows.get(n, {})) for n in {**self.rows, **rows}
+        }
+        return columns, merged_sums(self.losses, losses), merged_sums(self.aux, aux)
 
     def discard(self) -> None:
         """Forget what is pending."""
@@ -245,12 +210,12 @@ class Core:
         Yields:
             A function that undoes every change made so far.
         """
-        before = {name: _shallow(getattr(self, name)) for name in _MUTABLE}
+        before = {name: shallow(getattr(self, name)) for name in _MUTABLE}
         generator = self.generator
         drawn = generator.get_state() if random else None
 
         def undo() -> None:
-            self.__dict__.update({name: _shallow(value) for name, value in before.items()})
+            self.__dict__.update({name: shallow(value) for name, value in before.items()})
             self.generator = generator
             if drawn is not None:
                 generator.set_state(drawn)
@@ -275,12 +240,12 @@ class Core:
         return {
             "version": VERSION,
             "rule": repr(self.rule),
-            "tasks": _cloned(tasks),
+            "tasks": cloned(tasks),
             "step": {**step, "epoch": self.epoch.clone()},
             "generator": generator,
-            "state": _cloned(state),
-            "pending": {**_cloned(pending), **waiting},
-            "choice": _cloned(self.choice),
+            "state": cloned(state),
+            "pending": {**cloned(pending), **waiting},
+            "choice": cloned(self.choice),
         }
 
     def verify(self, state_dict: Mapping[str, Any]) -> None:
@@ -300,7 +265,7 @@ class Core:
                 f"Checkpoint: written by version {state_dict['version']} of the state, this "
                 f"release reads up to {VERSION}; install a newer gradbal."
             )
-        theirs, ours = _kinds(state_dict["rule"]), _kinds(repr(self.rule))
+        theirs, ours = kinds(state_dict["rule"]), kinds(repr(self.rule))
         if theirs != ours:
             raise ValueError(
                 f"Checkpoint: holds the state of the rule {theirs}, this optimizer has {ours}; "
@@ -314,7 +279,7 @@ class Core:
             ValueError: If it does not fit, see :meth:`verify`.
         """
         self.verify(state_dict)
-        loaded = _cloned(state_dict)
+        loaded = cloned(state_dict)
         tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
         state, pending = loaded["state"], loaded["pending"]
         self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]
@@ -326,26 +291,3 @@ class Core:
         self.rows, self.losses, self.aux = pending["rows"], pending["losses"], pending["aux"]
         self.decided, self.awaiting = set(pending["decided"]), set(pending["awaiting"])
         self.choice = loaded["choice"]
-
-
-def _kinds(rule: str) -> str:
-    """Return the classes in a rule's repr, without their options."""
-    return " of ".join(re.findall(r"(\w+)\(", rule))
-
-
-def _added(old: Mapping[int, Tensor], new: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {**old, **new, **{key: added(old[key], new[key]) for key in old.keys() & new.keys()}}
-
-
-def _shallow(tree: Any) -> Any:  # containers are copied, what they hold is not
-    if isinstance(tree, dict):
-        return {key: _shallow(value) for key, value in tree.items()}
-    return tree.copy() if isinstance(tree, list | set) else tree
-
-
-def _cloned(tree: Any) -> Any:  # a tree of dicts and lists with tensors as leaves
-    if isinstance(tree, Mapping):
-        return {key: _cloned(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return list(tree)
-    return tree.clone() if isinstance(tree, Tensor) else tree

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,47 +9,18 @@ from torch import Tensor
 from gradbal import crossing
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
 from gradbal.crossing import Segment, loop
-from gradbal.decision import MODEL, Decision, Rows
+from gradbal.decision import MODEL, Decision
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members, several
 from gradbal.heads import Heads, Sink, descend
 from gradbal.losses import Batch
 from gradbal.representation import boundary, check_marks, gram_only, watch
 from gradbal.sinks import Aside, GramOnly, Keep
+from gradbal.task_gradients import TaskGradients
 
 log = logging.getLogger("gradbal")
 
 PendingRows = dict[int, dict[int, Tensor]]  # by parameter, then by task
-
-
-@dataclass
-class TaskGradients:
-    """The gradients of the present tasks, in whatever form the sink keeps them.
-
-    Attributes:
-        tasks: Numbers of the tasks.
-        heads: Gradients of parameters that belong to one task.
-        sink: Gradients of shared parameters.
-        members: For each group the positions of the tasks that reach it.
-        reached: Parameters that some of these tasks reach.
-        eps: Relative rounding error of Gram matrices made from them.
-    """
-
-    tasks: list[int]
-    heads: Heads
-    sink: Keep | GramOnly
-    members: dict[str, list[int]]
-    reached: set[int]
-    eps: float
-
-    def grams(self, scaled: bool) -> dict[str, Tensor]:
-        """Return the Gram matrix of each group, over all tasks."""
-        return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
-
-    @property
-    def rows(self) -> Rows:
-        """What gives the rows of a group, for elementwise rules."""
-        return self.sink.stacks
 
 
 class Descent:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from gradbal.calls import Call, aux_gradients
 from gradbal.core import Core
-from gradbal.descent import Descent, TaskGradients
+from gradbal.descent import Descent
 from gradbal.graph import Plan
 from gradbal.heads import largest_entry
 from gradbal.losses import Batch
 from gradbal.survey import Survey, survey
+from gradbal.task_gradients import TaskGradients
 
 
 @dataclass

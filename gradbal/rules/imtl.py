@@ -12,7 +12,10 @@ from gradbal.solvers.equal_projection import equal_projection
 
 
 @register(
-    "imtl", claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS], paper="Liu et al., ICLR 2021", year=2021
+    "imtl",
+    claims=[Claim.NON_CONFLICTING, Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    paper="Liu et al., ICLR 2021",
+    year=2021,
 )
 @dataclass(frozen=True, kw_only=True)
 class IMTL(GramRule):

@@ -13,7 +13,7 @@ from gradbal.solvers.equal_projection import equal_projection
 
 @register(
     "imtl_g",
-    claims=[Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    claims=[Claim.NON_CONFLICTING, Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
     paper="Liu et al., ICLR 2021",
     year=2021,
 )

@@ -15,8 +15,8 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
     :math:`C y = \mathbb 1` with :math:`w_i = y_i / n_i` up to scale. Eigenvalues below
     :math:`m \, \epsilon \, \lambda_{\max}` count as zero. If there are any, so that no such
     combination need exist, :math:`w` is the pseudo-inverse of :math:`G` times :math:`n`. Zero rows
-    get weight 0. Where the weights do not sum to a positive number, so that the solution would
-    point uphill, the min-norm point over the unit vectors takes its place.
+    get weight 0. Where this would point uphill, for one vector or (weights without a positive sum)
+    for all, the min-norm point over the unit vectors takes its place.
 
     Args:
         gram: Inner products, shape ``[m, m]``, symmetric, PSD, float64.
@@ -43,12 +43,16 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
     inverse = torch.where(kept, 1 / values.where(kept, 1), 0)
     weights = vectors @ (inverse * (vectors.T @ present.to(gram.dtype))) * units
     full = kept.sum() == present.sum()
+    lengths = norms / norms.amax().clamp(min=torch.finfo(norms.dtype).tiny)
     if capturable or not full:
-        lengths = norms / norms.amax().clamp(min=torch.finfo(norms.dtype).tiny)
         basis = lengths[:, None] * torch.where(kept, vectors, 0)
         weights = torch.where(full, weights, _pseudo_inverse(basis, inverse, lengths, kept))
     total = weights.sum()
-    downhill = total > len(gram) * eps * weights.abs().sum()
+    rounding = len(gram) * eps
+    slopes = cosines @ (weights * lengths)
+    downhill = (total > rounding * weights.abs().sum()) & (
+        slopes >= -rounding * (weights.abs() * lengths).sum()
+    ).all()
     if capturable or not downhill:
         # far away and orthogonal, absent tasks do not change the others' min-norm point
         apart = cosines + len(gram) * torch.where(present, 0.0, 1.0).to(gram.dtype).diag()

@@ -1,0 +1,39 @@
+"""The task gradients of one batch, whatever form they are kept in."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradbal.decision import Rows
+from gradbal.heads import Heads
+from gradbal.sinks import GramOnly, Keep
+
+
+@dataclass
+class TaskGradients:
+    """The gradients of the present tasks, in whatever form the sink keeps them.
+
+    Attributes:
+        tasks: Numbers of the tasks.
+        heads: Gradients of parameters that belong to one task.
+        sink: Gradients of shared parameters.
+        members: For each group the positions of the tasks that reach it.
+        reached: Parameters that some of these tasks reach.
+        eps: Relative rounding error of Gram matrices made from them.
+    """
+
+    tasks: list[int]
+    heads: Heads
+    sink: Keep | GramOnly
+    members: dict[str, list[int]]
+    reached: set[int]
+    eps: float
+
+    def grams(self, scaled: bool) -> dict[str, Tensor]:
+        """Return the Gram matrix of each group, over all tasks."""
+        return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
+
+    @property
+    def rows(self) -> Rows:
+        """What gives the rows of a group, for elementwise rules."""
+        return self.sink.stacks
