@@ -63,3 +63,8 @@ def lay_out(
         flat = torch.empty(offset, dtype=dtype, device=device)
         blocks.append(Block(group, numbers, rows, flat, places))
     return blocks
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return what storage for a tensor's gradient depends on."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

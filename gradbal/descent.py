@@ -155,7 +155,7 @@ class Descent:
                 "Representation: its rows belong to the inputs of one batch, so they cannot be "
                 "accumulated; use Sequential or Batched."
             )
-        heads, aside = Heads(), Aside(batch.tasks)
+        heads, aside = Heads(), Aside(batch.tasks, plan.reached)
         self._cross(plan, batch.seeds(scale), heads, aside, retain_graph)
         for task, grads in zip(batch.tasks, heads.grads, strict=True):
             for number, grad in grads.items():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gradbal.blocks import place_of
 from gradbal.gram import added
 
 
@@ -47,7 +48,7 @@ class Writer:
                 if place is not grad:
                     fresh.append(place)
                     copies.append(grad)
-                param.grad = place
+                param.grad = place.detach()  # scripts that replace `.grad.data` must not reach us
         if fresh:
             torch._foreach_copy_(fresh, copies)
         if into:
@@ -55,6 +56,6 @@ class Writer:
 
     def _buffer(self, number: int, param: Tensor) -> Tensor:
         buffer = self.buffers.get(number)
-        if buffer is None or buffer.shape != param.shape or buffer.device != param.device:
+        if buffer is None or place_of(buffer) != place_of(param):
             buffer = self.buffers[number] = torch.empty_like(param, requires_grad=False)
         return buffer

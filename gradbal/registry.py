@@ -101,7 +101,7 @@ def make_rule(name: str | Rule, **options: Any) -> Rule:
             "`gradbal.rule_names()` lists all of them."
         )
     rule = RULES[name].rule
-    known = list(inspect.signature(rule).parameters)
+    known = list(inspect.signature(rule).parameters) if options else []
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none"

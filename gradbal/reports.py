@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbal.core import Core
+from gradbal.decision import MODEL, Decision
 from gradbal.descent import Descent
 from gradbal.engines import Auto, Representation
 from gradbal.graph import members
@@ -47,7 +48,7 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
 
     everyone = list(range(len(batch.tasks)))
     summed = passed(everyone)
-    rows = descent.rows(plan, batch, None, retain_graph=True)
+    rows = _engine_rows(descent, core, batch)
     found = {
         core.names[task]: _deviation(
             {n: c[task] for n, c in rows.items() if task in c}, passed([i])
@@ -65,6 +66,23 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
             "this optimizer with an empty compiler cache, or use the engine Representation."
         )
     return found
+
+
+def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[int, Tensor]]:
+    """Return the task gradients as the engine computes them, by parameter and task."""
+    plan = descent.plan(batch, core.sets)
+    if not isinstance(descent.engine, Representation):
+        return descent.rows(plan, batch, None, retain_graph=True)
+    known = dict(plan.reached)
+    gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)
+    rows: dict[int, dict[int, Tensor]] = {}
+    for task, weights in zip(batch.tasks, torch.eye(len(batch.tasks)), strict=True):
+        decision = Decision({MODEL: weights})
+        alone = descent.direction(plan, gathered, decision, retain_graph=True)
+        for number, grad in alone.items():
+            if plan.reached[number] >> task & 1:
+                rows.setdefault(number, {})[task] = grad
+    return rows
 
 
 def _deviation(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradbal.blocks import Block, lay_out
+from gradbal.blocks import Block, lay_out, place_of
 from gradbal.crossing import Rows
 from gradbal.gram import added, combine, gram_matrix, sparse_gram, stacked
 
@@ -44,7 +44,8 @@ class Keep:
         """
         self.groups, self.n_tasks = groups, n_tasks
         self.sparse = {number: [None] * n_tasks for number in groups if number in sparse}
-        layout = (tuple(groups.items()), frozenset(self.sparse), n_rows, len(params))
+        places = [place_of(params[number]) for number in groups]
+        layout = (tuple(groups.items()), places, frozenset(self.sparse), n_rows)
         if layout != self.layout:
             self.blocks = []  # the old storage goes before the new is taken
             self.blocks = lay_out(params, groups, self.sparse, n_rows)
@@ -219,22 +220,27 @@ class GramOnly:
 
 
 class Aside:
-    """Keep every gradient by itself, by parameter and task, to be added to others later."""
+    """Keep every gradient by itself, by parameter and task, to be added to others later.
 
-    def __init__(self, tasks: Sequence[int]) -> None:
-        self.tasks = tasks
+    Args:
+        tasks: Numbers of the tasks.
+        reached: The tasks that reach each parameter, as a bit set.
+    """
+
+    def __init__(self, tasks: Sequence[int], reached: Mapping[int, int]) -> None:
+        self.tasks, self.reached = tasks, reached
         self.rows: dict[int, dict[int, Tensor]] = {}
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Keep the gradients of some tasks for some parameters."""
+        at = rows.tasks
+        chunk = at if isinstance(at, slice) else slice(at, at + 1)
+        tasks = self.tasks[chunk]
         for number, grad in zip(numbers, rows.grads, strict=True):
-            if grad is None:
-                continue
-            column = self.rows.setdefault(number, {})
-            if isinstance(rows.tasks, slice):
-                column.update(zip(self.tasks[rows.tasks], grad.unbind(), strict=True))
-            else:
-                column[self.tasks[rows.tasks]] = grad
+            if grad is not None:
+                for task, row in zip(tasks, grad.unbind() if chunk is at else [grad], strict=True):
+                    if self.reached[number] >> task & 1:  # a batched pass gives zeros to others
+                        self.rows.setdefault(number, {})[task] = row
 
 
 def _weighted(rows: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:

@@ -36,7 +36,8 @@ class GradNorm(GramRule):
         parametrization: ``"softmax"``: :math:`w = m \operatorname{softmax}(\text{logits})`, always
             positive; ``"direct"``: the weights themselves, renormalised after each update.
         learner: ``"adam"`` or ``"sgd"``.
-        initial: Losses :math:`L(0)`, one per task; None for those of each task's first step.
+        initial: Losses :math:`L(0)`, one per task, positive; None for those of each task's first
+            step.
 
     Source:
         Chen et al., ICML 2018, eqs. 1 and 2, on the norms over all shared parameters.
@@ -58,6 +59,8 @@ class GradNorm(GramRule):
         checks.at_least(self, 0, alpha=self.alpha)
         checks.one_of(self, ("softmax", "direct"), parametrization=self.parametrization)
         checks.one_of(self, ("adam", "sgd"), learner=self.learner)
+        for loss in self.initial or ():
+            checks.positive(self, initial=loss)
 
     def init(self, losses: Tensor) -> State:
         start = 0.0 if self.parametrization == "softmax" else 1.0

@@ -26,7 +26,7 @@ class UPGrad(GramRule):
     conflicts, and linear in the scale of each gradient.
 
     Args:
-        preferences: Weights :math:`u`, one per task; None for 1/m each.
+        preferences: Weights :math:`u`, one per task, not negative; None for 1/m each.
         solver: ``"exact"`` or the slow reference ``"cvxpy"``.
 
     Source:
@@ -43,6 +43,8 @@ class UPGrad(GramRule):
 
     def __post_init__(self) -> None:
         checks.one_of(self, ("exact", "cvxpy"), solver=self.solver)
+        for preference in self.preferences or ():
+            checks.at_least(self, 0, preferences=preference)
 
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
         cosines, norms = equilibrate(gram)

@@ -1,0 +1,156 @@
+"""What the demo found, and how it is summed up."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gradbal.demo.model import HIGHER_IS_BETTER, TASKS, Scores
+
+HEADER = (
+    "rule",
+    "left, accuracy %",
+    "right, accuracy %",
+    "distance, error px",
+    "Delta_m %",
+    "step time / ew",
+    "conflicting steps %",
+)
+NOTES = (
+    "Test pictures, used once; each network is that of its best epoch on the validation pictures.",
+    "Delta_m: mean relative change against the single-task networks; lower is better.",
+    "Step time: median over all steps, rules trained in turn in one process.",
+    "Conflicting steps: two task gradients or more at an obtuse angle, looked at every 5th step;",
+    "for rules that look at losses alone it is measured beside the training and not timed.",
+    "One learning rate for all rules, tuned for none: read this as an example, not as a ranking.",
+)
+
+
+class Look(NamedTuple):
+    """What was seen in one step.
+
+    Attributes:
+        step: Number of the step.
+        weights: The task weights, or None for rules that have none.
+        cosines: Between the task gradients, by pair of tasks.
+        conflict: Whether one of these cosines is negative.
+    """
+
+    step: int
+    weights: Scores | None
+    cosines: dict[str, float]
+    conflict: bool
+
+    @classmethod
+    def at(cls, step: int, metrics: Mapping[str, Tensor]) -> "Look":
+        """Read what ``MTLOptimizer.metrics`` says after a step."""
+        cosines = {
+            f"{a} / {b}": metrics[f"gradbal/cos/{a}/{b}"].item()
+            for i, a in enumerate(TASKS)
+            for b in TASKS[i + 1 :]
+        }
+        weights = {
+            task: metrics[key].item()
+            for task in TASKS
+            if (key := f"gradbal/weight/{task}") in metrics
+        }
+        conflict = metrics["gradbal/conflict_share"].item() > 0
+        return cls(step, weights or None, cosines, conflict)
+
+
+@dataclass
+class Outcome:
+    """How one rule did.
+
+    Attributes:
+        name: Name of the rule, or of the baseline.
+        validation: Scores after each epoch.
+        test: Scores of the chosen epoch.
+        times: Seconds of each step.
+        looks: What was seen on the way.
+    """
+
+    name: str
+    validation: list[Scores]
+    test: Scores = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole contest.
+
+    Attributes:
+        baseline: The single-task networks, taken together.
+        outcomes: One per rule; the first is the reference of the step times.
+        files: The pictures that were saved.
+    """
+
+    baseline: Outcome
+    outcomes: list[Outcome]
+    files: tuple[Path, Path]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table of results, header first."""
+        reference = median(self.outcomes[0].times)
+        rows = [HEADER, (self.baseline.name, *_scores(self.baseline.test), f"{0:+.1f}", "-", "-")]
+        for outcome in self.outcomes:
+            rows.append(
+                (
+                    outcome.name,
+                    *_scores(outcome.test),
+                    f"{delta_m(outcome.test, self.baseline.test):+.1f}",
+                    f"{median(outcome.times) / reference:.2f}",
+                    f"{100 * mean(look.conflict for look in outcome.looks):.0f}",
+                )
+            )
+        return rows
+
+
+def _scores(scores: Scores) -> tuple[str, str, str]:
+    left, right = (f"{100 * scores[task]:.1f}" for task in ("left", "right"))
+    return left, right, f"{scores['distance']:.3f}"
+
+
+def delta_m(scores: Scores, baseline: Scores) -> float:
+    r"""Compare with the single-task baseline, in percent; lower is better.
+
+    .. math:: \Delta_m = \frac{100}{S} \sum_s (-1)^{d_s} (M_s - B_s) / B_s
+
+    with :math:`d_s = 1` where a higher score is better.
+
+    Args:
+        scores: The scores :math:`M`, by task.
+        baseline: The scores :math:`B` of networks that learn one task each.
+
+    Returns:
+        The mean relative change; NaN where a baseline is zero.
+
+    Example:
+        >>> baseline = {"left": 0.8, "right": 0.5, "distance": 0.2}
+        >>> round(delta_m({"left": 0.88, "right": 0.4, "distance": 0.25}, baseline), 6)
+        11.666667
+    """
+    if not all(baseline.values()):
+        return math.nan
+    changes = (
+        (-1 if HIGHER_IS_BETTER[task] else 1) * (scores[task] - base) / base
+        for task, base in baseline.items()
+    )
+    return 100 * mean(changes)
+
+
+def best_epoch(values: Sequence[float], task: str | None = None) -> int:
+    """Return the first epoch with the best value.
+
+    Args:
+        values: One per epoch.
+        task: The task whose score it is; None for :math:`\\Delta_m`, where lower is better.
+    """
+    best = max if task is not None and HIGHER_IS_BETTER[task] else min
+    return values.index(best(values))

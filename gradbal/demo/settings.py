@@ -1,0 +1,89 @@
+"""What users may set, checked before anything is computed."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from gradbal import checks
+from gradbal.checks import did_you_mean
+from gradbal.registry import RULES
+
+OWNER = "gradbal demo"
+REFERENCE = "ew"  # always trained: step times are given relative to it
+RULES_BY_DEFAULT = ("uw", "pcgrad", "cagrad", "nash_mtl", "upgrad")
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the demo.
+
+    Args:
+        rules: Registered names; ``ew`` is added where it is missing.
+        epochs: Passes over the training pictures.
+        seed: Seed of the pictures, the initial weights, the batches and the rules.
+        device: Where to train, as torch names it.
+        out: Folder for the two pictures; made if need be.
+
+    Raises:
+        ValueError: If one of them cannot be; the sentence says which and why.
+    """
+
+    rules: tuple[str, ...] = RULES_BY_DEFAULT
+    epochs: int = 16
+    seed: int = 0
+    device: str = "cpu"
+    out: Path = Path("gradbal-demo")
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError(f"{OWNER}: `rules` must name at least one rule.")
+        for name in self.rules:
+            if name not in RULES:
+                raise ValueError(
+                    f"{OWNER}: unknown rule {name!r}.{did_you_mean(name, RULES)} "
+                    "`gradbal list` shows all of them."
+                )
+        checks.at_least(OWNER, 1, epochs=self.epochs)
+        checks.between(OWNER, 0, 2**32 - 1, seed=self.seed)
+        _check_device(self.device)
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """The rules to train, each once, the reference first."""
+        return tuple(dict.fromkeys((REFERENCE, *self.rules)))
+
+    def make_folder(self) -> None:
+        """Make the folder for the pictures.
+
+        Raises:
+            ValueError: If it cannot be made.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{OWNER}: `out` must be a folder that can be written, got {str(self.out)!r} "
+                f"({error.strerror})."
+            ) from None
+
+
+def check_packages() -> None:
+    """Raise ``ValueError`` if a package that only the demo needs is not installed."""
+    missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"{OWNER}: {' and '.join(missing)} must be installed for it; "
+            'run `pip install "gradbal[demo]"`.'
+        )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError):  # unknown, not built in, or not plugged in
+        raise ValueError(
+            f"{OWNER}: `device` must be one that torch can compute on here, got {device!r}."
+        ) from None
