@@ -4,6 +4,7 @@ from gradbal import engines as engines
 from gradbal import rules as rules
 from gradbal.aggregation import Aggregation as Aggregation
 from gradbal.aggregation import aggregate as aggregate
+from gradbal.chain import chain as chain
 from gradbal.optimizer import MTLOptimizer as MTLOptimizer
 from gradbal.registry import make_rule as make_rule
 from gradbal.registry import register as register

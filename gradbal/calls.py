@@ -38,7 +38,7 @@ class Call:
 
     def aux_batch(self) -> Batch | None:
         """Return the auxiliary losses that have a graph, or None if there is none."""
-        if self.aux is None:
+        if self.aux is None or (not isinstance(self.aux, Tensor) and not self.aux):
             return None
         losses = [self.aux] if isinstance(self.aux, Tensor) and self.aux.ndim == 0 else self.aux
         _, found = named_losses(losses)

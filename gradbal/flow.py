@@ -58,7 +58,7 @@ class Flow:
             with record_function("gradbal::gram"):
                 seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
             if seen.bad and options.stops_at_nonfinite(call.scaler):
-                return self._refuse("gradient", seen.bad, found.tasks, call, undo)
+                return self._refuse(seen.what, seen.bad, found.tasks, call, undo)
             with record_function("gradbal::solve"):
                 decision = decision or self._decide(found, seen, scale)
             with record_function("gradbal::write_grad"):

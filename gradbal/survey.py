@@ -20,13 +20,16 @@ class Survey:
         grams: The Gram matrix of each group, over all present tasks, float64.
         losses: Losses, shape ``[m]``, on the same device.
         values: The losses as numbers, or None if nothing was read back.
-        bad: Positions of tasks with a non-finite gradient; -1 stands for the auxiliary losses.
+        bad: Positions of tasks for which something is not finite; -1 stands for the auxiliary
+            losses.
+        what: What it is, ``"gradient"`` or ``"loss"``.
     """
 
     grams: dict[str, Tensor]
     losses: Tensor
     values: list[float] | None
     bad: list[int]
+    what: str = "loss"
 
 
 def survey(
@@ -69,7 +72,10 @@ def survey(
     bad |= set(_not_finite(own.tolist()))
     bad |= {-1 for _ in _not_finite(beside.tolist())}
     squares = {group: gram / factor**2 for group, gram in squares.items()}
-    return Survey(squares, values, values.tolist(), sorted(bad))
+    numbers = values.tolist()
+    if bad:
+        return Survey(squares, values, numbers, sorted(bad), "gradient")
+    return Survey(squares, values, numbers, _not_finite(numbers))
 
 
 def _needs_scaling(gram: Tensor) -> bool:
