@@ -2,6 +2,7 @@
 
 from gradbal import engines as engines
 from gradbal import rules as rules
+from gradbal import transforms as transforms
 from gradbal.aggregation import Aggregation as Aggregation
 from gradbal.aggregation import aggregate as aggregate
 from gradbal.chain import chain as chain

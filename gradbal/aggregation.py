@@ -55,8 +55,9 @@ def aggregate(
             on in ``state``.
 
     Raises:
-        TypeError: If ``jacobian`` is no floating-point tensor.
-        ValueError: If a shape does not fit, an entry is not finite, or losses are missing.
+        TypeError: If ``jacobian`` is no floating-point tensor, or a loss no number.
+        ValueError: If a shape does not fit, losses are missing, or one of them or (for rules that
+            look at gradients) an entry is not finite.
 
     Example:
         >>> jacobian = torch.tensor([[1.0, 0.0, 1.0], [-3.0, 1.0, 0.0]])
@@ -109,7 +110,7 @@ def aggregate(
     return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, core.state_dict())
 
 
-def _check(jacobian: Tensor, rule: Rule, losses: object, more: Sequence[Tensor]) -> Tensor:
+def _check(jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[Tensor]) -> Tensor:
     """Check the arguments and return the losses, shape ``[m]``, float64."""
     if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
         kind = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
@@ -131,7 +132,12 @@ def _check(jacobian: Tensor, rule: Rule, losses: object, more: Sequence[Tensor])
                 "row."
             )
         return jacobian.new_ones(len(jacobian), dtype=torch.float64)
-    values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
+    try:
+        values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"aggregate: `losses` must be numbers, one per row, got {losses!r}."
+        ) from error
     if values.shape != (len(jacobian),):
         raise ValueError(
             f"aggregate: `losses` must have shape [{len(jacobian)}], got {list(values.shape)}."

@@ -13,6 +13,7 @@ def _owner(owner: object) -> str:
 
 def positive(owner: object, **values: float) -> None:
     """Raise ``ValueError`` unless every value is a number above zero."""
+    of_type(owner, float, **values)
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{_owner(owner)}: `{name}` must be > 0, got {value!r}.")
@@ -20,6 +21,7 @@ def positive(owner: object, **values: float) -> None:
 
 def at_least(owner: object, low: float, **values: float) -> None:
     """Raise ``ValueError`` unless every value is a number not below ``low``."""
+    of_type(owner, float, **values)
     for name, value in values.items():
         if not value >= low:
             raise ValueError(f"{_owner(owner)}: `{name}` must be >= {low}, got {value!r}.")
@@ -27,6 +29,7 @@ def at_least(owner: object, low: float, **values: float) -> None:
 
 def between(owner: object, low: float, high: float, **values: float) -> None:
     """Raise ``ValueError`` unless every value lies in the closed interval."""
+    of_type(owner, float, **values)
     for name, value in values.items():
         if not low <= value <= high:
             raise ValueError(
@@ -70,5 +73,6 @@ def positive_losses(owner: object, values: Sequence[float] | None, names: Sequen
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the sentence that suggests the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -47,15 +47,16 @@ def is_losses(result: object) -> bool:
 def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Tensor]]:
     """Evaluate the losses under ``no_grad``, then put random numbers and buffers back.
 
-    Buffers (running statistics, counters) are saved module by module as the forward pass comes to
-    them, so the model need not be known.
+    Buffers (running statistics, counters) are saved as the forward pass comes to a module, with
+    those of its parts, so the model need not be known.
     """
-    saved: dict[Tensor, Tensor] = {}
+    saved: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def save(module: nn.Module, args: object) -> None:
-        for buffer in module.buffers(recurse=False):
-            if buffer not in saved:
-                saved[buffer] = buffer.clone()
+        if module not in saved:
+            for part in module.modules():
+                named = part.named_buffers(recurse=False)
+                saved.setdefault(part, {name: (old, old.clone()) for name, old in named})
 
     handle = register_module_forward_pre_hook(save)
     try:
@@ -64,8 +65,10 @@ def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Ten
             return names, [loss.detach().clone() for loss in losses]
     finally:
         handle.remove()
-        for buffer, old in saved.items():
-            buffer.copy_(old)
+        for module, buffers in saved.items():
+            for name, (buffer, old) in buffers.items():
+                setattr(module, name, buffer)
+                buffer.copy_(old)
 
 
 def _devices() -> list[int]:

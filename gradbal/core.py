@@ -66,7 +66,7 @@ class Core:
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.generator = torch.Generator().manual_seed(seed)
         self.state: dict[str, State] = {}
-        self.held: State = {}
+        self.held: dict[str, Any] = {}
         self.slopes: dict[str, State] = {}
         self.decided: set[int] = set()
         self.awaiting: set[int] = set()

@@ -164,9 +164,9 @@ def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
     index = torch.tensor(tasks, device=shared.device)
     whole = shared.new_zeros(len(core.names))
     core.held = {
-        "tasks": whole.index_fill(0, index, 1),
+        "tasks": list(tasks),
         "shared": whole.index_copy(0, index, shared),
-        "one pass": torch.tensor(decision.in_one_pass),
+        "one pass": decision.in_one_pass,
     }
     if decision.heads is not None:
         core.held["heads"] = whole.index_copy(0, index, decision.heads)
@@ -175,11 +175,9 @@ def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
 def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
     """Return the held weights for these tasks, or None if they do not cover them all."""
     held = core.held
-    if not held:
+    if not held or not set(tasks) <= set(held["tasks"]):
         return None
-    index = torch.tensor(tasks, device=held["tasks"].device)
-    if not held["tasks"][index].all():
-        return None
+    index = torch.tensor(tasks, device=held["shared"].device)
     shared = held["shared"][index]
     heads = held["heads"][index] if "heads" in held else None
     return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)

@@ -75,7 +75,8 @@ class Descent:
         Args:
             batch: The present losses.
             known: Tasks that reached each parameter in earlier steps.
-            found: Cut where the graphs meet, also if the engine names modules.
+            found: Cut where the graphs meet, also if the engine names modules or needs no cut:
+                taking tasks one at a time, a stop there would only cost launches.
 
         Raises:
             ValueError: If the losses reach no parameter of the optimizer.
@@ -84,7 +85,13 @@ class Descent:
         tag = None if found else self.tag
         looks = isinstance(self.engine, Representation) and not found
         plan = make_plan(
-            batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
+            batch.edges,
+            batch.tasks,
+            self.index,
+            known=known,
+            shared=self.shared,
+            tag=tag,
+            cut=found or looks or self.crossing is not loop,
         )
         if not plan.reached:
             raise ValueError(
@@ -222,8 +229,6 @@ class Descent:
         self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
-        if self.crossing is loop or not plan.trunk:
-            plan = plan.in_one_piece()  # a stop at the cut would change nothing but cost a launch
         keep = retain_graph or bool(plan.trunk)
         cotangents = descend(
             plan, self.params, seeds, heads, sink, edges=plan.cut, retain_graph=keep
@@ -278,8 +283,7 @@ class Descent:
                 f"{plan.foreign} parameters under the losses belong to no group of the base "
                 "optimizer; their gradients are left alone.",
             )
-        roots = {root.node for root in plan.roots}
-        if len(plan.roots) > 1 and any(edge.node in roots for edge in plan.cut):
+        if plan.one_node:
             self.tell_once(
                 "one node",
                 "One operation makes several losses (a compiled model or a head with several "

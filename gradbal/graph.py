@@ -1,7 +1,7 @@
 """The plan: which parameters the tasks share, and where their graphs meet."""
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Plan:
         reached: The tasks that reach each parameter in this graph, as a bit set.
         sparse: Parameters whose gradients come out sparse.
         foreign: How many reached parameters belong to no group of the optimizer.
-        nodes: Size of the graph.
+        one_node: Whether the node of one loss lies above or under that of another.
     """
 
     roots: list[GradientEdge]
@@ -52,15 +52,7 @@ class Plan:
     reached: dict[int, int] = field(default_factory=dict)
     sparse: set[int] = field(default_factory=set)
     foreign: int = 0
-    nodes: int = 0
-
-    def in_one_piece(self) -> "Plan":
-        """Return the same plan without a cut: each task goes from its loss to the parameters."""
-        above = [
-            [*numbers, *(n for n in self.trunk if self.reached[n] >> task & 1)]
-            for numbers, task in zip(self.above, self.tasks, strict=True)
-        ]
-        return replace(self, above=above, cut=(), trunk=[])
+    one_node: bool = False
 
 
 @dataclass
@@ -71,12 +63,14 @@ class Walk:
         order: Every node after all nodes that use it.
         edges: What each node passes gradients to.
         tasks: The roots above each node, as a bit set.
+        leaves: The nodes of parameters.
         sparse: Leaves used by an operation whose gradient is sparse.
     """
 
     order: list[Node]
     edges: dict[Node, list[Edge]]
     tasks: dict[Node, int]
+    leaves: list[Node]
     sparse: set[Node]
 
 
@@ -88,6 +82,7 @@ def make_plan(
     known: Mapping[int, int] | None = None,
     shared: Collection[int] | None = None,
     tag: Hashable = None,
+    cut: bool = True,
 ) -> Plan:
     """Find heads, cut and trunk.
 
@@ -102,14 +97,18 @@ def make_plan(
         shared: Numbers of the parameters to treat as shared; None to find them.
         tag: The cut is to be at the edges that were marked with this key, see :func:`mark`;
             None for where the tasks' graphs meet.
+        cut: Whether a cut is wanted at all; without one, all that is shared lies above it.
     """
     walk = walk_graph(roots, tasks)
     marked = marked_edges(walk, tag)
-    if tag is None:
-        region = {node for node in walk.order if several(walk.tasks[node])}
-    else:
+    region: set[Node] = set()
+    entries: set[Node] = set()
+    if tag is not None:
         region = nodes_below([edge.node for edge, *_ in marked], walk)
-    entries = meeting_nodes(walk, region, {root.node for root in roots})
+    elif cut:
+        region = {node for node, above in walk.tasks.items() if several(above)}
+    if region:
+        entries = meeting_nodes(walk, region, {root.node for root in roots})
     plan = Plan(
         roots=list(roots),
         tasks=list(tasks),
@@ -117,12 +116,10 @@ def make_plan(
         above=[[] for _ in roots],
         cut=edges_into({node for node in entries if type(node) is not LEAF}, walk, roots),
         marked=marked,
-        nodes=len(walk.order),
+        one_node=any(several(walk.tasks[root.node]) for root in roots),
     )
     position = {task: i for i, task in enumerate(tasks)}
-    for node in walk.order:
-        if type(node) is not LEAF:
-            continue
+    for node in walk.leaves:
         number = index.get(id(node.variable))  # type: ignore[attr-defined]  # of AccumulateGrad
         if number is None:
             plan.foreign += 1
@@ -171,14 +168,17 @@ def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
     tasks = dict.fromkeys(order, 0)
     for number, root in zip(numbers, roots, strict=True):
         tasks[root.node] |= 1 << number
+    leaves: list[Node] = []
     sparse: set[Node] = set()
     for node in order:
         above = tasks[node]
+        if type(node) is LEAF:
+            leaves.append(node)
         for child, _ in edges[node]:
             tasks[child] |= above
             if type(child) is LEAF and getattr(node, "_saved_sparse", False):
                 sparse.add(child)
-    return Walk(order, edges, tasks, sparse)
+    return Walk(order, edges, tasks, leaves, sparse)
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:

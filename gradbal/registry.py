@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from gradbal.checks import did_you_mean
-from gradbal.rule import Claim, Rule
+from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
 
 R = TypeVar("R", bound=type[Rule])
 
@@ -52,8 +52,11 @@ def register(
     """
 
     def enter(rule: R) -> R:
-        if not (isinstance(rule, type) and issubclass(rule, Rule)):
-            raise TypeError(f"register: {name!r} must decorate a subclass of Rule, got {rule!r}.")
+        if not (isinstance(rule, type) and issubclass(rule, LossRule | GramRule | GradientRule)):
+            raise TypeError(
+                f"register: {name!r} must decorate a LossRule, a GramRule or a GradientRule, "
+                f"got {rule!r}."
+            )
         if name in _RULES:
             taken = _RULES[name].rule.__name__
             raise ValueError(f"register: the name {name!r} is taken by {taken}; choose another.")
@@ -88,7 +91,12 @@ def make_rule(name: str | Rule, **options: Any) -> Rule:
         >>> make_rule("cagrad", c=0.5)
         CAGrad(c=0.5, rescale='c2', solver='exact')
     """
-    if isinstance(name, Rule) and not options:
+    if isinstance(name, Rule):
+        if options:
+            raise TypeError(
+                f"make_rule: options go with a registered name, got them with {name!r}; "
+                "use dataclasses.replace to change a rule object."
+            )
         return name
     if not isinstance(name, str):
         raise TypeError(

@@ -111,7 +111,7 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
     if batch is None:
         lines.append("Pass the losses of one batch to learn what is shared and what a step costs.")
         return "\n".join(lines)
-    plan = descent.plan(batch, core.sets)
+    plan = descent.plan(batch, core.sets, found=descent.tag is None)
     m = len(batch.tasks)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
     beside = sorted(set(shared) - set(plan.trunk))

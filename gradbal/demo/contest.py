@@ -11,13 +11,12 @@ from torch import Tensor
 from gradbal.demo import plots
 from gradbal.demo.data import COPIES, Pictures, Splits, two_digits
 from gradbal.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
-from gradbal.demo.report import Look, Outcome, Report, best_epoch, delta_m
-from gradbal.demo.settings import Settings, check_packages
+from gradbal.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
+from gradbal.demo.settings import Settings
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rule import LossRule
 
 BATCH, LR = 64, 4e-3  # the same for all rules, tuned for none
-LOOK_EVERY = 5  # steps
 
 
 def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
@@ -30,8 +29,7 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
     Raises:
         ValueError: If a package is missing or the folder cannot be made.
     """
-    check_packages()
-    settings.make_folder()
+    settings.prepare()
     with one_thread():
         splits = Splits(
             *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))

@@ -1,46 +1,110 @@
 """The two pictures of the demo; lines differ in dashes and marks, so grey paper will do."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from gradbal.demo.model import TASKS
+from gradbal.demo.model import HIGHER_IS_BETTER, TASKS
 from gradbal.demo.report import Look, Outcome, Report
 
-DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)))
 MARKS = "os^Dv*XPhp"
-GREYS = ("black", "0.35", "0.6")
-BINS = 40  # points of a curve over time
+GREYS = ("black", "0.4", "0.65")
+POINTS = 40  # of a curve over the steps; what lies between is averaged
 
 
 def learning_curves(report: Report, path: Path) -> None:
-    """Draw the validation scores after each epoch, one panel per task.
+    """Draw the validation errors after each epoch, one panel per task.
 
     Args:
         report: What the contest gave.
         path: Where to save the picture, as PNG.
     """
     from matplotlib import colormaps
+
+    figure = _figure(12, 4.5)
+    panels = figure.subplots(1, len(TASKS))
+    last = max(len(report.outcomes) - 1, 1)
+    for panel, task in zip(panels, TASKS, strict=True):
+        epochs = range(1, len(report.baseline.validation) + 1)
+        alone = _errors(report.baseline, task)
+        panel.plot(epochs, alone, color="0.75", linewidth=5, label="single task")
+        looks = zip(report.outcomes, cycle(DASHES), cycle(MARKS), strict=False)
+        for i, (outcome, dash, mark) in enumerate(looks):
+            shade = colormaps["viridis"](0.85 * i / last)
+            panel.plot(epochs, _errors(outcome, task), label=outcome.name, color=shade)
+            panel.lines[-1].set(linestyle=dash, marker=mark, markersize=4.5, linewidth=1.4)
+        wrong = f"{task} digit: wrong, % of the validation pictures"
+        title = wrong if HIGHER_IS_BETTER[task] else f"{task}: mean error, pixels"
+        panel.set(title=title, xlabel="epoch", yscale="log")
+        _tidy(panel)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=9)
+    figure.savefig(path, dpi=120)
+
+
+def weights_and_cosines(report: Report, path: Path) -> None:
+    """Draw for each rule its weights, and how the task gradients stand to each other.
+
+    Args:
+        report: What the contest gave.
+        path: Where to save the picture, as PNG.
+    """
+    figure = _figure(11, 1 + 1.7 * len(report.outcomes))
+    rows = figure.subplots(len(report.outcomes), 2, sharex=True, sharey="col", squeeze=False)
+    for (left, right), outcome in zip(rows, report.outcomes, strict=True):
+        looks = _thinned(outcome.looks)
+        steps = [mean(look.step for look in some) for some in looks]
+        if looks[0][0].weights is None:
+            left.text(0.5, 0.5, "works entry by entry: no weights", ha="center", va="center")
+            left.texts[-1].set_transform(left.transAxes)
+        else:
+            for i, task in enumerate(TASKS):
+                left.plot(steps, [mean(_share(look, task) for look in some) for some in looks])
+                left.lines[-1].set(color=GREYS[i], linestyle=DASHES[i], label=task)
+        for i, pair in enumerate(looks[0][0].cosines):
+            right.plot(steps, [mean(look.cosines[pair] for look in some) for some in looks])
+            right.lines[-1].set(color=GREYS[i], linestyle=DASHES[i], label=pair)
+        right.axhline(0, color="0.5", linewidth=0.8)
+        left.set_ylabel(outcome.name, fontweight="bold")
+        _tidy(left)
+        _tidy(right)
+    for panel, title in zip(rows[0], ("share of the weights", "cosine of gradients"), strict=True):
+        panel.set_title(title)
+    for panel in rows[-1]:
+        panel.set_xlabel("step")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    figure.legend(*rows[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:  # a Figure; matplotlib's own types are loose
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(TASKS))
-    shades = colormaps["viridis"]
-    titles = ("left digit: wrong, %", "right digit: wrong, %", "distance: mean error, pixels")
-    for panel, task, title in zip(panels, TASKS, titles, strict=True):
-        read = _errors(task)
-        last = max(len(report.outcomes) - 1, 1)
-        epochs = range(1, len(report.baseline.validation) + 1)
-        lines = zip(report.outcomes, cycle(DASHES), cycle(MARKS))  # noqa: B905  # cycles
-        for i, (outcome, dash, mark) in enumerate(lines):
-            style = {"linestyle": dash, "marker": mark, "color": shades(0.85 * i / last)}
-            panel.plot(epochs, read(outcome), label=outcome.name, markersize=4, lw=1.3, **style)
-        alone = read(report.baseline)
-        panel.plot(epochs, alone, color="0.6", linewidth=4, label="single task", zorder=0)
-        panel.set(title=title, xlabel="epoch", yscale="log")
-        panel.grid(visible=True, which="both", color="0.92")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def _tidy(panel: Any) -> None:
+    panel.grid(visible=True, which="both", color="0.93")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _errors(outcome: Outcome, task: str) -> list[float]:
+    """Return for each epoch what a smaller number is better of."""
+    scores = [scores[task] for scores in outcome.validation]
+    return [100 * (1 - score) for score in scores] if HIGHER_IS_BETTER[task] else scores
+
+
+def _share(look: Look, task: str) -> float:
+    weights = look.weights or {}
+    return weights[task] / sum(abs(weight) for weight in weights.values())
+
+
+def _thinned(looks: Sequence[Look]) -> list[Sequence[Look]]:
+    """Put neighbouring looks together, so that a curve has no more than ``POINTS`` points."""
+    size = -(-len(looks) // POINTS)
+    return [looks[i : i + size] for i in range(0, len(looks), size)]

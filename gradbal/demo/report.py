@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradbal.demo.model import HIGHER_IS_BETTER, TASKS, Scores
 
+LOOK_EVERY = 5  # steps
 HEADER = (
     "rule",
     "left, accuracy %",
@@ -24,7 +25,8 @@ NOTES = (
     "Test pictures, used once; each network is that of its best epoch on the validation pictures.",
     "Delta_m: mean relative change against the single-task networks; lower is better.",
     "Step time: median over all steps, rules trained in turn in one process.",
-    "Conflicting steps: two task gradients or more at an obtuse angle, looked at every 5th step;",
+    f"Conflicting steps: two task gradients or more at an obtuse angle; every {LOOK_EVERY}th step is "
+    "looked at;",
     "for rules that look at losses alone it is measured beside the training and not timed.",
     "One learning rate for all rules, tuned for none: read this as an example, not as a ranking.",
 )

@@ -55,12 +55,17 @@ class Settings:
         """The rules to train, each once, the reference first."""
         return tuple(dict.fromkeys((REFERENCE, *self.rules)))
 
-    def make_folder(self) -> None:
-        """Make the folder for the pictures.
+    def prepare(self) -> None:
+        """Make sure that training will not be in vain: packages are there, the folder is made.
 
         Raises:
-            ValueError: If it cannot be made.
+            ValueError: If a package that only the demo needs is missing, or there is no folder.
         """
+        missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
+        if missing:
+            raise ValueError(
+                f'{OWNER}: needs {" and ".join(missing)}; run `pip install "gradbal[demo]"`.'
+            )
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,16 +73,6 @@ class Settings:
                 f"{OWNER}: `out` must be a folder that can be written, got {str(self.out)!r} "
                 f"({error.strerror})."
             ) from None
-
-
-def check_packages() -> None:
-    """Raise ``ValueError`` if a package that only the demo needs is not installed."""
-    missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        raise ValueError(
-            f"{OWNER}: {' and '.join(missing)} must be installed for it; "
-            'run `pip install "gradbal[demo]"`.'
-        )
 
 
 def _check_device(device: str) -> None:

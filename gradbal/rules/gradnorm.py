@@ -59,6 +59,8 @@ class GradNorm(GramRule):
         checks.at_least(self, 0, alpha=self.alpha)
         checks.one_of(self, ("softmax", "direct"), parametrization=self.parametrization)
         checks.one_of(self, ("adam", "sgd"), learner=self.learner)
+        if self.learned_lr is not None:
+            checks.positive(self, learned_lr=self.learned_lr)
         for loss in self.initial or ():
             checks.positive(self, initial=loss)
 
