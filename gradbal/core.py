@@ -265,6 +265,12 @@ class Core:
                 f"Checkpoint: written by version {state_dict['version']} of the state, this "
                 f"release reads up to {VERSION}; install a newer gradbal."
             )
+        if state_dict["step"]["solved"] and self.axes and not state_dict["state"]["groups"]:
+            raise ValueError(
+                "Checkpoint: it belongs to a rule with state after some steps, but that state is "
+                "missing; torch.distributed.checkpoint fills only what is there, so take one step "
+                "before loading, or use torch.save."
+            )
         theirs, ours = kinds(state_dict["rule"]), kinds(repr(self.rule))
         if theirs != ours:
             raise ValueError(

@@ -46,7 +46,7 @@ class Decision:
             return
         for group, (tasks, ctx) in self.contexts.items():
             core.commit(group, tasks, ctx)
-        core.solved += 1
+        core.solved += bool(self.contexts)
         core.age = 0
 
     def record(self, names: Sequence[str], seen: Survey) -> StepRecord:

@@ -1,5 +1,6 @@
 """A rule's tensors: axes over tasks, parts and growth."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,3 +91,21 @@ def test_a_transaction_that_fails_leaves_nothing_behind() -> None:
     assert torch.equal(before["generator"].pop("state"), after["generator"].pop("state"))
     assert torch.equal(before["step"].pop("epoch"), after["step"].pop("epoch"))
     assert before == after
+
+
+def test_a_checkpoint_whose_state_was_left_out_is_refused() -> None:
+    core = Core(Mixed(), tasks=2, learner="adam", seed=0)
+    losses = torch.ones(2, dtype=torch.float64)
+    core.commit("model", [0, 1], core.context("model", [0, 1], losses))
+    core.solved = 1
+    saved = core.state_dict()
+    saved["state"]["groups"] = {}
+    fresh = Core(Mixed(), tasks=None, learner="adam", seed=0)
+    sentence = (
+        "Checkpoint: it belongs to a rule with state after some steps, but that state is missing; "
+        "torch.distributed.checkpoint fills only what is there, so take one step before loading, "
+        "or use torch.save."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        fresh.load_state_dict(saved)
+    assert fresh.names == []
