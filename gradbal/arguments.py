@@ -1,8 +1,7 @@
 """What users pass to ``MTLOptimizer``, checked when it is built."""
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,6 +142,8 @@ class Options:
         losses: object,
         closure: object,
         aux: object,
+        *,
+        needed: bool,
     ) -> None:
         """Raise if a closure is needed and none was given.
 
@@ -154,7 +155,7 @@ class Options:
             raise TypeError(
                 f"{OWNER}: `aux` goes with losses, got it alone; pass it where the losses are."
             )
-        if (losses is not None or closure is None) and _needs_closure(type(base).step):
+        if needed and (losses is not None or closure is None):
             raise TypeError(
                 f"{OWNER}: {type(base).__name__} evaluates the losses several times, so `step` "
                 "needs a closure that returns them: `mtl_opt.step(lambda: losses(batch))`."
@@ -178,9 +179,9 @@ class Options:
             )
 
 
-@functools.cache
-def _needs_closure(step: Callable[..., Any]) -> bool:
-    closure = inspect.signature(step).parameters.get("closure")
+def needs_closure(base: torch.optim.Optimizer) -> bool:
+    """Say whether a base optimizer cannot step without evaluating the losses itself."""
+    closure = inspect.signature(type(base).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

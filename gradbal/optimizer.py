@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbal import reports
-from gradbal.arguments import OWNER, Groups, Options, Parameters, tensors_of
+from gradbal.arguments import OWNER, Groups, Options, Parameters, needs_closure, tensors_of
 from gradbal.calls import AuxLosses, Call
 from gradbal.closures import Evaluations
 from gradbal.core import Core
@@ -155,7 +155,9 @@ class MTLOptimizer(WrappedOptimizer):
         self.options.refuse_more(self.core.rule, more)
         if callable(losses):
             losses, closure = None, losses
-        self.options.check_closure(self.core.rule, self.base, losses, closure, aux)
+        self.options.check_closure(
+            self.core.rule, self.base, losses, closure, aux, needed=self._needs_closure
+        )
         if losses is not None:
             if not self._flow.balance(losses, Call(aux, fresh=True)):
                 return None
@@ -235,6 +237,7 @@ class MTLOptimizer(WrappedOptimizer):
         groups = self.options.groups
         descent = Descent(self.base, self.engine, self.shared, groups, norms_only=norms_only)
         self._flow = Flow(self.core, self.options, descent)
+        self._needs_closure = needs_closure(self.base)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew: storage, hooks and the record of what was said."""

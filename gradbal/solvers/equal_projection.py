@@ -7,6 +7,8 @@ from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.min_norm import min_norm
 from gradbal.solvers.spectral import symmetric_eigen
 
+SPREAD = 1e-3  # of the norms, for a pseudo-inverse
+
 
 def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> Tensor:
     r"""Find weights with :math:`(G w)_i / n_i` equal for all i, where :math:`n_i^2 = G_{ii}`.
@@ -14,9 +16,10 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
     On unit vectors, with cosines :math:`C = V \Lambda V^\top`, this is
     :math:`C y = \mathbb 1` with :math:`w_i = y_i / n_i` up to scale. Eigenvalues below
     :math:`m \, \epsilon \, \lambda_{\max}` count as zero. If there are any, so that no such
-    combination need exist, :math:`w` is the pseudo-inverse of :math:`G` times :math:`n`. Zero rows
-    get weight 0. Where this would point uphill, for one vector or (weights without a positive sum)
-    for all, the min-norm point over the unit vectors takes its place.
+    combination need exist, :math:`w` is the pseudo-inverse of :math:`G` times :math:`n`. Zero
+    vectors get weight 0. The min-norm point over the unit vectors takes the place of a solution
+    that would point uphill, for one vector or (weights without a positive sum) for all, and of a
+    pseudo-inverse where norms lie more than three decades apart, which would be mere rounding.
 
     Args:
         gram: Inner products, shape ``[m, m]``, symmetric, PSD, float64.
@@ -48,11 +51,13 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
         basis = lengths[:, None] * torch.where(kept, vectors, 0)
         weights = torch.where(full, weights, _pseudo_inverse(basis, inverse, lengths, kept))
     total = weights.sum()
+    defined = full | (lengths.where(present, 1).amin() >= SPREAD)
     rounding = len(gram) * eps
     slopes = cosines @ (weights * lengths)
     downhill = (total > rounding * weights.abs().sum()) & (
         slopes >= -rounding * (weights.abs() * lengths).sum()
     ).all()
+    downhill = downhill & defined
     if capturable or not downhill:
         # far away and orthogonal, absent tasks do not change the others' min-norm point
         apart = cosines + len(gram) * torch.where(present, 0.0, 1.0).to(gram.dtype).diag()
