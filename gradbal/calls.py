@@ -71,6 +71,21 @@ def aux_gradients(
 
 
 @contextmanager
+def explaining_donation() -> Iterator[None]:
+    """Give another remedy than torch for donated buffers; following torch's gives wrong rows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "MTLOptimizer: a compiled part of the model can be gone through once only, because an "
+            "ordinary backward pass came first when it was compiled; use the engine "
+            "Representation, or an empty compiler cache and this optimizer from the first step on."
+        ) from error
+
+
+@contextmanager
 def replacing_grads(params: Sequence[Tensor], fresh: bool) -> Iterator[None]:
     """With ``fresh``, take all gradients away first; if what follows fails, put them back."""
     old = [param.grad for param in params] if fresh else []
@@ -92,9 +107,23 @@ def fill(params: Sequence[Tensor], value: float | None) -> None:
 
 
 def pass_once(
-    params: Sequence[Tensor], batch: Batch, weights: Tensor, scale: Tensor | None, call: Call
+    params: Sequence[Tensor],
+    batch: Batch,
+    weights: Tensor,
+    scale: Tensor | None,
+    call: Call,
+    *,
+    hidden: bool,
 ) -> bool:
     """Differentiate the weighted sum of the losses, and the auxiliary ones, into ``.grad``.
+
+    Args:
+        params: All parameters of the optimizer.
+        batch: The present losses.
+        weights: Their weights, shape ``[m]``.
+        scale: Factor on all gradients; None for 1.
+        call: The arguments of the call.
+        hidden: Whether a part of the graph can be gone through only as a whole.
 
     Returns:
         Whether the gradients are finite; looked at only under a scaler.
@@ -103,7 +132,9 @@ def pass_once(
     if (aux := call.aux_batch()) is not None:
         edges, seeds = edges + aux.edges, seeds + aux.seeds(scale)
     inputs = [param for param in params if param.requires_grad]
-    torch.autograd.backward(edges, seeds, retain_graph=call.retain_graph, inputs=inputs)
+    torch.autograd.backward(
+        edges, seeds, retain_graph=call.retain_graph, inputs=None if hidden else inputs
+    )
     if scale is None:
         return True
     grads = [param.grad for param in inputs if param.grad is not None]

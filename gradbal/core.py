@@ -196,6 +196,12 @@ class Core:
         """Forget what is pending."""
         self.rows, self.losses, self.aux = {}, {}, {}
 
+    def renumber(self, moved: Mapping[int, int]) -> None:
+        """Follow parameters that have another number now, and forget those that have none."""
+        for name in ("sets", "rows", "aux"):
+            old = getattr(self, name)
+            setattr(self, name, {moved[n]: kept for n, kept in old.items() if n in moved})
+
     # ------------------------------------------------------------------ all or nothing
 
     @contextmanager

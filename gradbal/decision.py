@@ -24,13 +24,15 @@ class Decision:
             that do not reach the group.
         heads: Weights on task-specific parameters, shape ``[m]``; None for plain gradients.
         direction: For elementwise rules the direction itself, by parameter.
-        contexts: For each group the numbers of its tasks and the context to commit.
+        grams: The Gram matrix of each group, over the tasks that reach it.
+        contexts: For each group the numbers of these tasks and the context to commit.
         reused: Whether the rule was not asked.
     """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
     heads: Tensor | None = None
     direction: dict[int, Tensor] | None = None
+    grams: dict[str, Tensor] = field(default_factory=dict)
     contexts: dict[str, tuple[list[int], Context]] = field(default_factory=dict)
     reused: bool = False
 
@@ -62,11 +64,7 @@ class Decision:
             losses=seen.losses,
             weights=stacked[0] if stacked is not None and len(stacked) == 1 else stacked,
             heads=self.heads,
-            grams={
-                group: _part_of(gram, members[group])
-                for group, gram in seen.grams.items()
-                if group in members
-            },
+            grams=self.grams,
             members=members,
             stats={group: dict(ctx.stats) for group, (_, ctx) in self.contexts.items()},
         )
@@ -141,12 +139,13 @@ def decide(
             eps=eps,
         )
         decision.contexts[group] = (numbers, ctx)
+        if group in seen.grams:
+            decision.grams[group] = part.pick_square(seen.grams[group])
         if isinstance(rule, GradientRule):
             found = _direct(rule, part, rows(group) if rows else {}, ctx, scale, policy)
             decision.direction = {**(decision.direction or {}), **found}
             continue
-        by_loss = isinstance(rule, LossRule)
-        signal = ctx.losses if by_loss else part.pick_square(seen.grams[group])
+        signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
         shared, heads = policy.split(rule, rule.weights(signal, ctx))
         decision.shared[group] = part.spread(shared, 0.0)
         if heads is shared and part.whole:
@@ -205,10 +204,6 @@ class _Part:
         if self.index is None:
             return vector
         return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
-
-
-def _part_of(gram: Tensor, positions: Sequence[int]) -> Tensor:
-    return gram if len(positions) == len(gram) else gram[positions][:, positions]
 
 
 def _direct(

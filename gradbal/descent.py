@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
-from gradbal.crossing import Segment, loop
+from gradbal.crossing import Segment
 from gradbal.decision import MODEL, Decision
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members, several
@@ -50,7 +50,8 @@ class Descent:
         self.index: dict[int, int] = {}
         self.grouped: dict[int, str] = {}
         self.told: set[str] = set()
-        self.seen = False
+        self.seen = self.hidden = False
+        self.shared: set[int] | None = None
         self.refresh()
         self.shared = None if shared is None else numbers_in(shared, self.index)
         assign_groups(groups, (), self.index)  # raises now if a group names strangers
@@ -61,13 +62,23 @@ class Descent:
         self.pool = isinstance(engine, Representation) and engine.pool is not None
         self.mixed = norms_only or self.pool
 
-    def refresh(self) -> None:
-        """Notice parameters that joined or were replaced."""
+    def refresh(self) -> dict[int, int] | None:
+        """Notice parameters that joined, left or were replaced.
+
+        Returns:
+            The new number of each old parameter that is still there, or None if all stand where
+            they stood.
+        """
         params = parameter_list(self.base)
-        if list(map(id, params)) != list(map(id, self.params)):
-            self.params = params
-            self.index = {id(param): number for number, param in enumerate(params)}
-            self.keep, self.grouped = Keep(), {}
+        if list(map(id, params)) == list(map(id, self.params)):
+            return None
+        old, self.params = self.params, params
+        self.index = {id(param): number for number, param in enumerate(params)}
+        self.keep, self.grouped = Keep(), {}
+        moved = {n: self.index[id(p)] for n, p in enumerate(old) if id(p) in self.index}
+        if self.shared is not None:
+            self.shared = {moved[number] for number in self.shared if number in moved}
+        return moved
 
     def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
         """Walk the graph.
@@ -75,8 +86,7 @@ class Descent:
         Args:
             batch: The present losses.
             known: Tasks that reached each parameter in earlier steps.
-            found: Cut where the graphs meet, also if the engine names modules or needs no cut:
-                taking tasks one at a time, a stop there would only cost launches.
+            found: Cut where the graphs meet, also if the engine names modules.
 
         Raises:
             ValueError: If the losses reach no parameter of the optimizer.
@@ -91,22 +101,21 @@ class Descent:
             known=known,
             shared=self.shared,
             tag=tag,
-            cut=found or looks or self.crossing is not loop,
         )
-        if not plan.reached:
+        if not plan.reached and not plan.hidden:
             raise ValueError(
                 "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
                 "the parameters of the model that made them."
             )
         if tag is not None:
             check_marks(plan, self.n_modules, mixed=self.mixed)
-        elif looks and not plan.cut and len(batch.tasks) > 1:
+        elif looks and not plan.cut and sum(map(bool, plan.above)) > 1:
             raise RuntimeError(
                 "Representation: the tasks' graphs meet in parameters only, so there is no "
                 "representation to look at; name a module or choose another engine."
             )
         self._tell(plan)
-        self.seen = True
+        self.seen, self.hidden = True, plan.hidden
         return plan
 
     def gather(
@@ -136,8 +145,9 @@ class Descent:
         if at_cut or isinstance(self.engine, Representation):
             sink = gram_only(plan, len(self.params), pool=self.pool and not at_cut)
             edges, seeds = boundary(plan), batch.seeds(scale)
+            keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk
             for cotangent in descend(
-                plan, self.params, seeds, heads, sink, edges=edges, retain_graph=True
+                plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep
             ):
                 sink.held.append(cotangent.values)
         else:
@@ -205,7 +215,7 @@ class Descent:
             shared = sink.like_rows(decision.direction)
         elif isinstance(sink, Keep):
             in_place = all(self.params[number].grad is None for number in sink.groups)
-            shared = sink.direction(decision.shared.__getitem__, in_place=in_place)
+            shared = sink.direction(decision.shared.get, in_place=in_place)
         else:
             shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
         if isinstance(sink, GramOnly):
@@ -229,11 +239,11 @@ class Descent:
         self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
-        keep = retain_graph or bool(plan.trunk)
+        edges = plan.cut if plan.trunk else ()
         cotangents = descend(
-            plan, self.params, seeds, heads, sink, edges=plan.cut, retain_graph=keep
+            plan, self.params, seeds, heads, sink, edges=edges, retain_graph=retain_graph
         )
-        segment = Segment(plan.cut, [self.params[number] for number in plan.trunk], retain_graph)
+        segment = Segment(edges, [self.params[number] for number in plan.trunk], retain_graph)
         for rows in self.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 

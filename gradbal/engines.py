@@ -50,7 +50,8 @@ class Representation(Engine):
 
     The cost hardly grows with the number of tasks. The rule's promises then hold for the
     representation: for min-norm rules an upper bound (MGDA-UB of Sener and Koltun, NeurIPS 2018),
-    for others a substitute.
+    for others a substitute. What is not finite is found down to the representation, and below it
+    only under a ``GradScaler``.
 
     Args:
         *modules: Modules whose outputs are the representation; none to use the cut that is found

@@ -7,12 +7,20 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from gradbal.arguments import OWNER, Options
-from gradbal.calls import AuxLosses, Call, fill, pass_once, replacing_grads
+from gradbal.calls import (
+    AuxLosses,
+    Call,
+    explaining_donation,
+    fill,
+    pass_once,
+    replacing_grads,
+)
 from gradbal.core import Core
 from gradbal.decision import MODEL, Decision, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
+from gradbal.heads import largest_entry
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
 from gradbal.record import StepRecord
@@ -51,7 +59,7 @@ class Flow:
             if decision is not None and decision.in_one_pass and not core.rows:
                 return self._pass_once(batch, decision, scale, call, undo)
             at_cut = decision is not None and not core.rows
-            with record_function("gradbal::jacobian"):
+            with record_function("gradbal::jacobian"), explaining_donation():
                 found = gather(self.descent, core, batch, scale, call, at_cut=at_cut)
             if found is None:
                 return False
@@ -62,7 +70,10 @@ class Flow:
             with record_function("gradbal::solve"):
                 decision = decision or self._decide(found, seen, scale)
             with record_function("gradbal::write_grad"):
-                self._write(found, decision, call)
+                finite = self._write(found, decision, call)
+            if not finite:
+                everyone = range(len(found.tasks))
+                return self._refuse("gradient", everyone, found.tasks, call, undo)
             self._commit(decision, found.tasks, seen, call)
             core.sets = found.known
             core.discard()
@@ -106,16 +117,24 @@ class Flow:
             scale,
         )
 
-    def _write(self, found: Gathered, decision: Decision, call: Call) -> None:
-        """Write the direction, the heads' gradients and the auxiliary ones."""
+    def _write(self, found: Gathered, decision: Decision, call: Call) -> bool:
+        """Write the direction, the heads' gradients and the auxiliary ones.
+
+        Returns:
+            Whether they are finite where nobody has looked yet: under a scaler, below a cut.
+        """
         params = self.descent.params
         self._start_anew(call)
         with replacing_grads(params, fresh=call.fresh):
             grads = self.descent.direction(
                 found.plan, found.gradients, decision, retain_graph=call.retain_graph
             )
+            unseen = call.scaler is not None and found.gradients.at_cut
+            if unseen and not largest_entry(grads.values(), found.losses).isfinite():
+                return False
             self.writer.add(params, grads, self.descent.keep.buffers())
             self.writer.add(params, found.aux, {})
+        return True
 
     def _pass_once(
         self,
@@ -132,7 +151,7 @@ class Flow:
         self._start_anew(call)
         weights = decision.shared[MODEL]
         with replacing_grads(descent.params, fresh=call.fresh):
-            finite = pass_once(descent.params, batch, weights, scale, call)
+            finite = pass_once(descent.params, batch, weights, scale, call, hidden=descent.hidden)
         if finite:
             self._commit(decision, batch.tasks, Survey({}, batch.values, None, []), call)
         else:  # the scaler will leave the step out
@@ -184,7 +203,9 @@ class Flow:
     def read(self, losses: Losses) -> Batch:
         """Bring the losses into one form and give each task its number."""
         self.options.check_processes()
-        self.descent.refresh()
+        moved = self.descent.refresh()
+        if moved is not None:
+            self.core.renumber(moved)
         names, found = named_losses(losses)
         batch = read_batch(found, self.core.number_tasks(names, len(found)))
         if not batch.tasks:
@@ -196,6 +217,12 @@ class Flow:
 
     def evaluate(self, losses: Losses, aux: AuxLosses | None, count: int) -> Tensor:
         """Write gradients for one of several evaluations in a step, all with the same weights."""
+        if count == 1 and self.core.rows:
+            raise RuntimeError(
+                f"{OWNER}: gradients were put aside with `accumulate`, and a closure would "
+                "evaluate a part of the batch only; call `backward` without `accumulate` and then "
+                "`step()`."
+            )
         if count > 1 and not self.core.held:
             raise RuntimeError(
                 f"{OWNER}: {type(self.descent.base).__name__} evaluates the losses several times "

@@ -67,6 +67,11 @@ def gather(
         None if this batch is put aside, too.
     """
     plan = descent.plan(batch, core.sets, found=at_cut)
+    if plan.hidden:
+        raise RuntimeError(
+            "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so their "
+            "task gradients cannot be computed; pass use_reentrant=False to torch's checkpoint."
+        )
     known = dict(core.sets)
     for number, reached in plan.reached.items():
         known[number] = known.get(number, 0) | reached

@@ -39,7 +39,9 @@ class Plan:
         reached: The tasks that reach each parameter in this graph, as a bit set.
         sparse: Parameters whose gradients come out sparse.
         foreign: How many reached parameters belong to no group of the optimizer.
-        one_node: Whether the node of one loss lies above or under that of another.
+        one_node: Whether one node, possibly compiled, stands for what several tasks do.
+        hidden: Whether a reentrant checkpoint hides a part of the graph.
+        apart: Whether no pass from a loss to the cut meets a node of another's.
     """
 
     roots: list[GradientEdge]
@@ -53,6 +55,8 @@ class Plan:
     sparse: set[int] = field(default_factory=set)
     foreign: int = 0
     one_node: bool = False
+    hidden: bool = False
+    apart: bool = True
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Walk:
         tasks: The roots above each node, as a bit set.
         leaves: The nodes of parameters.
         sparse: Leaves used by an operation whose gradient is sparse.
+        hidden: Whether a reentrant checkpoint hides a part of the graph.
     """
 
     order: list[Node]
@@ -72,6 +77,7 @@ class Walk:
     tasks: dict[Node, int]
     leaves: list[Node]
     sparse: set[Node]
+    hidden: bool
 
 
 def make_plan(
@@ -82,7 +88,6 @@ def make_plan(
     known: Mapping[int, int] | None = None,
     shared: Collection[int] | None = None,
     tag: Hashable = None,
-    cut: bool = True,
 ) -> Plan:
     """Find heads, cut and trunk.
 
@@ -97,18 +102,14 @@ def make_plan(
         shared: Numbers of the parameters to treat as shared; None to find them.
         tag: The cut is to be at the edges that were marked with this key, see :func:`mark`;
             None for where the tasks' graphs meet.
-        cut: Whether a cut is wanted at all; without one, all that is shared lies above it.
     """
     walk = walk_graph(roots, tasks)
     marked = marked_edges(walk, tag)
-    region: set[Node] = set()
-    entries: set[Node] = set()
-    if tag is not None:
-        region = nodes_below([edge.node for edge, *_ in marked], walk)
-    elif cut:
+    if tag is None:
         region = {node for node, above in walk.tasks.items() if several(above)}
-    if region:
-        entries = meeting_nodes(walk, region, {root.node for root in roots})
+    else:
+        region = nodes_below([edge.node for edge, *_ in marked], walk)
+    entries = meeting_nodes(walk, region, {root.node for root in roots})
     plan = Plan(
         roots=list(roots),
         tasks=list(tasks),
@@ -116,7 +117,10 @@ def make_plan(
         above=[[] for _ in roots],
         cut=edges_into({node for node in entries if type(node) is not LEAF}, walk, roots),
         marked=marked,
-        one_node=any(several(walk.tasks[root.node]) for root in roots),
+        one_node=any(several(walk.tasks[root.node]) for root in roots)
+        or any(type(node).__name__ == "CompiledFunctionBackward" for node in entries),
+        hidden=walk.hidden,
+        apart=not any(several(t) for node, t in walk.tasks.items() if node not in region),
     )
     position = {task: i for i, task in enumerate(tasks)}
     for node in walk.leaves:
@@ -135,6 +139,7 @@ def make_plan(
             plan.trunk.append(number)
         else:
             place = plan.above if is_shared else plan.own
+            plan.apart &= node not in region or node in entries
             for task in members(reached):
                 place[position[task]].append(number)
     return plan
@@ -178,7 +183,8 @@ def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
             tasks[child] |= above
             if type(child) is LEAF and getattr(node, "_saved_sparse", False):
                 sparse.add(child)
-    return Walk(order, edges, tasks, leaves, sparse)
+    hidden = any(type(node).__name__ == "CheckpointFunctionBackward" for node in order)
+    return Walk(order, edges, tasks, leaves, sparse, hidden)
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:

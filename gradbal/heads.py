@@ -74,9 +74,9 @@ def descend(
         heads: Takes own gradients.
         sink: Takes shared gradients beside the cut.
         edges: Where cotangents are wanted.
-        retain_graph: Whether the graph is still needed after the last head.
+        retain_graph: Keep all of the graph; else each head's part goes at once, if it is its own.
     """
-    last = len(plan.roots) - 1
+    last, below = len(plan.roots) - 1, bool(plan.trunk)
     for task, root in enumerate(plan.roots):
         own, above = plan.own[task], plan.above[task]
         inputs: list[Any] = [*edges, *(params[number] for number in (*own, *above))]  # both kinds
@@ -86,7 +86,7 @@ def descend(
                 [root],
                 inputs,
                 [seeds[task]],
-                retain_graph=retain_graph or task < last,
+                retain_graph=retain_graph or (not plan.apart and (task < last or below)),
                 allow_unused=True,
             )
         beside = grads[len(edges) :]

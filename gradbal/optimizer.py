@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal import reports
 from gradbal.arguments import OWNER, Groups, Options, Parameters, needs_closure, tensors_of
-from gradbal.calls import AuxLosses, Call
+from gradbal.calls import AuxLosses, Call, explaining_donation
 from gradbal.closures import Evaluations
 from gradbal.core import Core
 from gradbal.descent import Descent
@@ -196,7 +196,7 @@ class MTLOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: If one deviates by more than rounding explains.
         """
-        with self.core.transaction() as undo:
+        with self.core.transaction() as undo, explaining_donation():
             try:
                 return reports.check(self._flow.descent, self.core, self._flow.read(losses))
             finally:

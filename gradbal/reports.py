@@ -86,13 +86,17 @@ def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[i
 
 
 def _deviation(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> float:
-    size = max((float(_dense(g).abs().amax()) for g in theirs.values()), default=0.0)
+    size = max((_largest(_dense(g)) for g in theirs.values()), default=0.0)
     off = 0.0
     for number in ours.keys() | theirs.keys():
         a, b = ours.get(number), theirs.get(number)
         gap = _dense(a if b is None else b) if a is None or b is None else _dense(a) - _dense(b)
-        off = max(off, float(gap.abs().amax()))
+        off = max(off, _largest(gap))
     return off / size if size else off
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def _dense(grad: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from gradbal.blocks import Block, lay_out, place_of
 from gradbal.crossing import Rows
 from gradbal.gram import added, combine, gram_matrix, sparse_gram, stacked
 
-Weigh = Callable[[str], Tensor]  # the weights of a group, on some device
+Weigh = Callable[[str], Tensor | None]
 
 
 class Keep:
@@ -54,18 +54,18 @@ class Keep:
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Store the gradients of some tasks for some parameters."""
-        first, *rest = (
-            range(self.n_tasks)[rows.tasks] if isinstance(rows.tasks, slice) else [rows.tasks]
-        )
+        at = rows.tasks
+        chunk = isinstance(at, slice)
+        tasks = list(range(self.n_tasks)[at]) if isinstance(at, slice) else [at]
         found = {n: grad for n, grad in zip(numbers, rows.grads, strict=True) if grad is not None}
         for number in self.sparse.keys() & found.keys():
             grad = found.pop(number)
-            for i, task in enumerate((first, *rest)):
-                self.sparse[number][task] = grad[i] if isinstance(rows.tasks, slice) else grad
-        for task in (first, *rest):
+            for i, task in enumerate(tasks):
+                self.sparse[number][task] = grad[i] if chunk else grad
+        for task in tasks:
             self.unwritten[task] -= found.keys()
         for block in self.blocks:
-            views = block.views(block.rows[rows.tasks], str(rows.tasks))
+            views = block.views(block.rows[at], str(at))
             here = [n for n in views if n in found]
             if here:
                 grads = [found[n].to_dense() if found[n].is_sparse else found[n] for n in here]
@@ -101,18 +101,21 @@ class Keep:
         """Return the weighted sum of the rows, one tensor per parameter.
 
         Args:
-            weigh: Gives the weights of a group, shape ``[m]``.
+            weigh: Gives the weights of a group, shape ``[m]``; None where no task reaches it.
             in_place: Write into the flat storage, of which the gradients are views.
         """
         out: dict[int, Tensor] = {}
         for block in self.blocks:
+            weights = weigh(block.group)
+            if weights is None:
+                continue
             rows = block.rows[: self.n_tasks]
-            weights = weigh(block.group).to(rows.device)
-            flat = combine(rows, weights, block.flat if in_place else None)
+            flat = combine(rows, weights.to(rows.device), block.flat if in_place else None)
             views = block.views(flat, "flat" if in_place else None)
             out |= {number: view for number, view in views.items() if number in self.written}
         for number, column in self.sparse.items():
-            total = _weighted(column, weigh(self.groups[number]))
+            weights = weigh(self.groups[number])
+            total = None if weights is None else _weighted(column, weights)
             if total is not None:
                 out[number] = total
         return out
@@ -121,7 +124,7 @@ class Keep:
         """Return a direction found entry by entry, sparse where the rows are, none where none."""
         out = {number: d for number, d in direction.items() if number in self.written}
         for number, rows in self.sparse.items():
-            kinds = {(row.sparse_dim()) if row.is_sparse else 0 for row in rows if row is not None}
+            kinds = {row.sparse_dim() if row.is_sparse else 0 for row in rows if row is not None}
             if number in out and 0 not in kinds:
                 out[number] = out[number].to_sparse(max(kinds))
         return out

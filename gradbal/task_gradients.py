@@ -34,6 +34,11 @@ class TaskGradients:
         return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
 
     @property
+    def at_cut(self) -> bool:
+        """Whether the trunk has not been gone through yet."""
+        return isinstance(self.sink, GramOnly)
+
+    @property
     def rows(self) -> Rows:
         """What gives the rows of a group, for elementwise rules."""
         return self.sink.stacks

@@ -27,25 +27,29 @@ class Batch:
 
     def __init__(self, chunk_size: int | None = None) -> None:
         self.chunk_size = chunk_size
-        self.refused = False
+        self.refused = self.proven = False
 
     def __call__(self, segment: Segment, cotangents: Cotangents) -> RowStream:
         queue = iter(cotangents)
         while not self.refused and (chunk := list(itertools.islice(queue, self.chunk_size))):
+            free = self.proven and chunk[-1].last and not segment.retain_graph
             try:
-                rows = _cross(segment, chunk)
+                rows = _cross(segment, chunk, retain_graph=not free)
             except (RuntimeError, NotImplementedError) as error:
+                if free:
+                    raise
                 reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
                 log.warning("Batched: going on one task at a time, because: %s", reason)
                 self.refused = True
                 queue = itertools.chain(chunk, queue)
             else:
+                self.proven = True
                 yield rows
         yield from loop(segment, queue)
 
 
-def _cross(segment: Segment, chunk: Sequence[Cotangent]) -> Rows:
-    """Take one chunk down; the graph is kept, so that a failure can be made good."""
+def _cross(segment: Segment, chunk: Sequence[Cotangent], *, retain_graph: bool) -> Rows:
+    """Take one chunk down; with the graph kept, a failure can be made good."""
     tasks = slice(chunk[0].task, chunk[-1].task + 1)
     values = [stacked(column) for column in zip(*(c.values for c in chunk), strict=True)]
     tops = [edge for edge, value in zip(segment.top, values, strict=True) if value is not None]
@@ -55,7 +59,7 @@ def _cross(segment: Segment, chunk: Sequence[Cotangent]) -> Rows:
 
     def pull(*cotangents: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(
-            tops, list(segment.params), cotangents, retain_graph=True, allow_unused=True
+            tops, list(segment.params), cotangents, retain_graph=retain_graph, allow_unused=True
         )
         missing.update(i for i, grad in enumerate(grads) if grad is None)
         return [cotangents[0].new_zeros(()) if grad is None else grad for grad in grads]
