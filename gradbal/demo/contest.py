@@ -88,7 +88,7 @@ class Learner:
     def step(self, batch: Pictures, number: int) -> None:
         """Learn from a batch."""
         self.optimizer.zero_grad()
-        losses_of(self.model, batch)[self.name].backward()
+        torch.autograd.backward(losses_of(self.model, batch)[self.name])
         self.optimizer.step()
 
     def end_epoch(self, validation: Pictures) -> None:
@@ -152,7 +152,7 @@ def train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> No
     with tqdm(total=settings.epochs * steps, desc="Training", unit="step", disable=None) as bar:
         for epoch in range(settings.epochs):
             order = torch.randperm(n, generator=generator).to(splits.train.images.device)
-            for i, index in enumerate(order.split(BATCH)):
+            for i, index in enumerate(torch.split(order, BATCH)):
                 batch = splits.train.take(index)
                 for learner in learners:
                     learner.step(batch, epoch * steps + i)

@@ -8,6 +8,7 @@ from torch import Tensor
 SIDE = 8  # of a digit, in pixels
 HEIGHT, WIDTH = 12, 24  # of a picture; each digit lies somewhere in its half
 SHARES = (0.6, 0.2, 0.2)  # of the digits, for training, validation and test
+NOISE = 0.15  # standard deviation of what is added to every pixel
 COPIES = (40, 10, 20)  # pictures of each of the 100 pairs of digits, for the same three
 
 
@@ -15,7 +16,7 @@ class Pictures(NamedTuple):
     """Pictures with their three labels.
 
     Attributes:
-        images: Shape ``[n, 1, 12, 24]``, entries in [0, 1].
+        images: Shape ``[n, 1, 12, 24]``, ink in [0, 1] plus noise.
         left: The left digit, shape ``[n]``.
         right: The right digit, shape ``[n]``.
         distance: Between the centres of ink of the two digits, in pixels, shape ``[n]``.
@@ -87,7 +88,7 @@ def split(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
 
 
 def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Generator) -> Pictures:
-    """Put digits side by side, each at a random place in its half.
+    """Put digits side by side, each at a random place in its half, and add noise.
 
     Args:
         digits: Shape ``[k, 8, 8]``.
@@ -103,6 +104,7 @@ def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Genera
         for wanted, start in ((left, 0), (right, WIDTH // 2))
     ]
     distance = (centres[0] - centres[1]).norm(dim=1)
+    images += NOISE * torch.randn(images.shape, generator=generator)
     return Pictures(images[:, None], left, right, distance)
 
 

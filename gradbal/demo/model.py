@@ -61,7 +61,7 @@ def scores_of(model: TwoDigitNet, pictures: Pictures) -> Scores:
     """Return the accuracy of each digit and the mean absolute error of the distance in pixels."""
     out = model(pictures.images)
     return {
-        "left": (out["left"].argmax(dim=1) == pictures.left).double().mean().item(),
-        "right": (out["right"].argmax(dim=1) == pictures.right).double().mean().item(),
-        "distance": (out["distance"] - pictures.distance).abs().double().mean().item(),
+        "left": (out["left"].argmax(dim=1) == pictures.left).float().mean().item(),
+        "right": (out["right"].argmax(dim=1) == pictures.right).float().mean().item(),
+        "distance": (out["distance"] - pictures.distance).abs().mean().item(),
     }

@@ -23,6 +23,7 @@ def learning_curves(report: Report, path: Path) -> None:
         path: Where to save the picture, as PNG.
     """
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     figure = _figure(12, 4.5)
     panels = figure.subplots(1, len(TASKS))
@@ -30,16 +31,20 @@ def learning_curves(report: Report, path: Path) -> None:
     for panel, task in zip(panels, TASKS, strict=True):
         epochs = range(1, len(report.baseline.validation) + 1)
         alone = _errors(report.baseline, task)
-        panel.plot(epochs, alone, color="0.75", linewidth=5, label="single task")
+        panel.plot(epochs, alone, color="0.75", linewidth=5, marker="o", label="single task")
         looks = zip(report.outcomes, cycle(DASHES), cycle(MARKS), strict=False)
         for i, (outcome, dash, mark) in enumerate(looks):
             shade = colormaps["viridis"](0.85 * i / last)
             panel.plot(epochs, _errors(outcome, task), label=outcome.name, color=shade)
             panel.lines[-1].set(linestyle=dash, marker=mark, markersize=4.5, linewidth=1.4)
-        wrong = f"{task} digit: wrong, % of the validation pictures"
-        title = wrong if HIGHER_IS_BETTER[task] else f"{task}: mean error, pixels"
+        title = f"{task} digit, % wrong" if HIGHER_IS_BETTER[task] else f"{task}, error in pixels"
         panel.set(title=title, xlabel="epoch", yscale="log")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
         _tidy(panel)
+    figure.suptitle("On the validation pictures, after each epoch")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=9)
     figure.savefig(path, dpi=120)
 

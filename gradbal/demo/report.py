@@ -14,22 +14,21 @@ from gradbal.demo.model import HIGHER_IS_BETTER, TASKS, Scores
 LOOK_EVERY = 5  # steps
 HEADER = (
     "rule",
-    "left, accuracy %",
-    "right, accuracy %",
-    "distance, error px",
+    "left %",
+    "right %",
+    "distance px",
     "Delta_m %",
-    "step time / ew",
-    "conflicting steps %",
+    "time / ew",
+    "conflicts %",
 )
-NOTES = (
-    "Test pictures, used once; each network is that of its best epoch on the validation pictures.",
-    "Delta_m: mean relative change against the single-task networks; lower is better.",
-    "Step time: median over all steps, rules trained in turn in one process.",
-    f"Conflicting steps: two task gradients or more at an obtuse angle; every {LOOK_EVERY}th step is "
-    "looked at;",
-    "for rules that look at losses alone it is measured beside the training and not timed.",
-    "One learning rate for all rules, tuned for none: read this as an example, not as a ranking.",
-)
+NOTES = f"""\
+left, right: digits read rightly; distance: mean absolute error. On the test pictures, used once,
+  with each network as it was after its best epoch on the validation pictures.
+Delta_m: mean relative change against the single-task networks; lower is better.
+time: median of all steps; the rules are trained in turn, in one process, on the same batches.
+conflicts: share of the steps looked at (one in {LOOK_EVERY}) in which some pair of task gradients
+  has a negative cosine; for rules that look at no gradients it is measured beside, and not timed.
+One learning rate for all rules, tuned for none: an example, not a ranking."""
 
 
 class Look(NamedTuple):
@@ -100,13 +99,14 @@ class Report:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table of results, header first."""
         reference = median(self.outcomes[0].times)
-        rows = [HEADER, (self.baseline.name, *_scores(self.baseline.test), f"{0:+.1f}", "-", "-")]
+        alone = self.baseline
+        rows: list[tuple[str, ...]] = [HEADER, (alone.name, *_scores(alone.test), "0.0", "-", "-")]
         for outcome in self.outcomes:
             rows.append(
                 (
                     outcome.name,
                     *_scores(outcome.test),
-                    f"{delta_m(outcome.test, self.baseline.test):+.1f}",
+                    f"{delta_m(outcome.test, alone.test):+.1f}",
                     f"{median(outcome.times) / reference:.2f}",
                     f"{100 * mean(look.conflict for look in outcome.looks):.0f}",
                 )
@@ -152,7 +152,7 @@ def best_epoch(values: Sequence[float], task: str | None = None) -> int:
 
     Args:
         values: One per epoch.
-        task: The task whose score it is; None for :math:`\\Delta_m`, where lower is better.
+        task: The task whose score it is; None for Delta_m, where lower is better.
     """
     best = max if task is not None and HIGHER_IS_BETTER[task] else min
     return values.index(best(values))

@@ -32,7 +32,7 @@ class Settings:
     """
 
     rules: tuple[str, ...] = RULES_BY_DEFAULT
-    epochs: int = 16
+    epochs: int = 14
     seed: int = 0
     device: str = "cpu"
     out: Path = Path("gradbal-demo")

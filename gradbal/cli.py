@@ -1,0 +1,192 @@
+"""The command ``gradbal``."""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gradbal import __version__
+from gradbal.core import Core
+from gradbal.demo.report import NOTES
+from gradbal.demo.settings import Settings
+from gradbal.registry import RULES, Entry, make_rule
+from gradbal.rule import GradientRule, GramRule, LossRule, Rule, WeightRule, Weights
+
+Rows = Sequence[tuple[str, ...]]
+JACOBIAN = [[4.0, 0.0, 1.0, 0.0], [-1.0, 2.0, 0.0, 0.5], [-1.0, -3.0, 0.5, 1.0]]  # all conflict
+SEEDS = 4  # tried to find out whether a rule draws random numbers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The words after ``gradbal``; None for those of the process.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        SystemExit: With the code 2 where an argument cannot be, after a sentence that says why.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names with accents, on terminals without
+    parser, demo = _parsers()
+    given = parser.parse_args(argv)
+    if given.command == "list":
+        rows = rule_rows()
+        print(markdown_table(rows) if given.markdown else plain_table(rows))
+    elif given.command == "demo":
+        _demo(demo, given)
+    else:
+        parser.print_help()
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
+
+
+def _parsers() -> tuple[_Parser, _Parser]:
+    parser = _Parser(prog="gradbal", description="Gradient balancing for several losses.")
+    parser.add_argument("--version", action="version", version=f"gradbal {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    rules = commands.add_parser("list", help="show the rules", description=rule_rows.__doc__)
+    rules.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    what = "train a small network on two-digit pictures under several rules"
+    demo = commands.add_parser("demo", help=what, description=f"{what.capitalize()}.")
+    default = Settings()
+    several = ",".join(default.rules)
+    demo.add_argument("--rules", default=several, help=f"names with commas between ({several})")
+    demo.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
+    demo.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
+    demo.add_argument("--device", default=default.device, help="(%(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=default.out, help="folder for two pictures (%(default)s)"
+    )
+    return parser, demo
+
+
+def _demo(parser: _Parser, given: argparse.Namespace) -> None:
+    from gradbal.demo import run
+
+    names = [name.strip() for name in given.rules.split(",")]
+    try:
+        settings = Settings(
+            rules=tuple(name for name in names if name),
+            epochs=given.epochs,
+            seed=given.seed,
+            device=given.device,
+            out=given.out,
+        )
+        settings.prepare()
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    report = run(settings)
+    print(plain_table(report.rows()), NOTES, sep="\n\n")
+    print("Pictures:", *report.files)
+
+
+# ---------------------------------------------------------------------- the table of rules
+
+
+def rule_rows() -> Rows:
+    """Show every rule: its source, what it looks at, and what it keeps from step to step."""
+    header = ("rule", "paper", "looks at", "from step to step", "random", "scale", "heads")
+    return [header, *(_row(RULES[name]) for name in sorted(RULES))]
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    rule, year = make_rule(entry.name), str(entry.year or "")
+    paper = entry.paper if year in entry.paper else f"{entry.paper}, {year}"
+    answers = [_answer(rule, seed) for seed in range(SEEDS)]
+    random = any(not torch.equal(answers[0][0], shared) for shared, _ in answers)
+    heads = "own" if answers[0][1] else rule.heads
+    return (
+        entry.name,
+        paper,
+        _looks_at(rule),
+        _keeps(rule),
+        "yes" if random else "-",
+        rule.scale,
+        heads,
+    )
+
+
+def _looks_at(rule: Rule) -> str:
+    if isinstance(rule, LossRule):
+        return "losses" if rule.needs_losses else "nothing"
+    signal = "gradients" if isinstance(rule, GradientRule) else "Gram matrix"
+    if isinstance(rule, GramRule) and rule.norms_only:
+        signal = "gradient norms"
+    return f"{signal}, losses" if rule.needs_losses else signal
+
+
+def _keeps(rule: Rule) -> str:
+    kept = "keeps state" if rule.init(torch.zeros(2)) else "-"
+    if rule.learned:
+        kept = "learns"
+    observes = type(rule).observe is not Rule.observe
+    return f"{kept}, sees the losses after the step" if observes else kept
+
+
+def _answer(rule: Rule, seed: int) -> tuple[Tensor, bool]:
+    """Ask a rule about three tasks in conflict.
+
+    Returns:
+        Its weights, or its direction, and whether it gives weights of their own to heads.
+    """
+    jacobian = torch.tensor(JACOBIAN, dtype=torch.float64)
+    losses = [1.0, 2.0, 3.0]
+    core = Core(rule, tasks=len(losses), learner="adam", seed=seed)
+    values = torch.tensor(losses, dtype=torch.float64)
+    ctx = core.context("model", range(len(losses)), values, values=losses)
+    if isinstance(rule, GradientRule):
+        return rule.direction([jacobian], [0], ctx)[0], False
+    if not isinstance(rule, WeightRule):
+        raise TypeError(f"{type(rule).__name__}: must be a LossRule, GramRule or GradientRule.")
+    answer = rule.weights(values if isinstance(rule, LossRule) else jacobian @ jacobian.T, ctx)
+    return (answer.shared, True) if isinstance(answer, Weights) else (answer, False)
+
+
+def plain_table(rows: Rows) -> str:
+    """Return rows in columns, a line under the header; columns of numbers end at the right.
+
+    Example:
+        >>> print(plain_table([("rule", "steps"), ("uw", "7"), ("famo", "-")]))
+        rule  steps
+        ----  -----
+        uw        7
+        famo      -
+    """
+    columns = [_aligned(column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    cells = [column[0], "-" * width, *column[1:]]
+    numbers = all(cell == "-" or cell.lstrip("+-")[:1].isdigit() for cell in column[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in cells]
+
+
+def markdown_table(rows: Rows) -> str:
+    """Return rows as a Markdown table, with the first cells as code.
+
+    Example:
+        >>> print(markdown_table([("rule", "year"), ("uw", "2018")]))
+        | rule | year |
+        |---|---|
+        | `uw` | 2018 |
+    """
+    body = [(f"`{first}`", *rest) for first, *rest in rows[1:]]
+    head = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in body)])

@@ -1,0 +1,241 @@
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradbal.demo
+from gradbal import make_rule, registry, rule_names
+from gradbal.cli import main, markdown_table, plain_table, rule_rows
+from gradbal.demo import settings
+from gradbal.registry import RULES
+from gradbal.rule import GradientRule, GramRule, LossRule, Rule
+
+ROOT = Path(__file__).parent.parent
+KINDS = {
+    LossRule: ("losses", "nothing"),
+    GramRule: ("Gram matrix", "gradient norms"),
+    GradientRule: ("gradients",),
+}
+BAD = {
+    "unknown rule": (
+        ["demo", "--rules", "uw,upgrda"],
+        "gradbal demo: unknown rule 'upgrda'. Did you mean 'upgrad'? "
+        "`gradbal list` shows all of them.\n",
+    ),
+    "no rule": (["demo", "--rules", " ,"], "gradbal demo: `rules` must name at least one rule.\n"),
+    "no epoch": (["demo", "--epochs", "0"], "gradbal demo: `epochs` must be >= 1, got 0.\n"),
+    "no number": (
+        ["demo", "--epochs", "ten"],
+        "gradbal demo: argument --epochs: invalid int value: 'ten'; see `gradbal demo --help`.\n",
+    ),
+    "negative seed": (
+        ["demo", "--seed", "-1"],
+        "gradbal demo: `seed` must be between 0 and 4294967295, got -1.\n",
+    ),
+    "unknown device": (
+        ["demo", "--device", "abacus"],
+        "gradbal demo: `device` must be one that torch can compute on here, got 'abacus'.\n",
+    ),
+    "device without memory": (
+        ["demo", "--device", "meta"],
+        "gradbal demo: `device` must be one that torch can compute on here, got 'meta'.\n",
+    ),
+    "option of another command": (
+        ["list", "--epochs", "3"],
+        "gradbal: unrecognized arguments: --epochs 3; see `gradbal --help`.\n",
+    ),
+}
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    return captured.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    return captured.err
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys)
+    assert shown.startswith("usage: gradbal")
+    assert "list" in shown
+    assert "demo" in shown
+
+
+def test_list_has_one_line_per_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    header, line, *rows = said(capsys, "list").splitlines()
+    assert header.split()[0] == "rule"
+    assert set(line) == {"-", " "}
+    assert [row.split()[0] for row in rows] == list(rule_names())
+
+
+@pytest.mark.parametrize("row", rule_rows()[1:], ids=lambda row: row[0])
+def test_list_says_what_the_class_says(row: tuple[str, ...]) -> None:
+    name, paper, looks_at, keeps, random, scale, heads = row
+    rule = make_rule(name)
+    kind = next(words for base, words in KINDS.items() if isinstance(rule, base))
+    assert paper
+    assert looks_at.split(",")[0] in kind
+    assert ("losses" in looks_at) == rule.needs_losses
+    assert keeps.startswith("learns") == bool(rule.learned)
+    assert ("after the step" in keeps) == (type(rule).observe is not Rule.observe)
+    assert random in ("yes", "-")
+    assert scale == rule.scale
+    assert heads in (rule.heads, "own")
+
+
+def test_list_finds_out_who_draws_random_numbers_and_who_weights_heads_apart() -> None:
+    rows = {name: rest for name, *rest in rule_rows()[1:]}
+    assert [rows[name][3] for name in ("rlw", "pcgrad", "graddrop")] == ["yes"] * 3
+    assert [rows[name][3] for name in ("ew", "upgrad", "dwa", "nash_mtl")] == ["-"] * 4
+    assert [rows[name][5] for name in ("nash_mtl", "imtl", "uw", "upgrad")] == [
+        "own",
+        "own",
+        "weighted",
+        "plain",
+    ]
+
+
+def test_readme_shows_the_table_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = said(capsys, "list", "--markdown").strip()
+    tables = re.findall(
+        r"(?:^\|.*\|\n)+", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE
+    )
+    assert printed in [table.strip() for table in tables]
+
+
+def test_tables_hold_every_cell() -> None:
+    rows = [("name", "size"), ("a", "10"), ("long name", "-")]
+    assert plain_table(rows).splitlines() == [
+        "name       size",
+        "---------  ----",
+        "a            10",
+        "long name     -",
+    ]
+    assert markdown_table(rows).splitlines() == [
+        "| name | size |",
+        "|---|---|",
+        "| `a` | 10 |",
+        "| `long name` | - |",
+    ]
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD.values(), ids=BAD)
+def test_a_wrong_argument_ends_with_one_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, *words) == sentence
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(capsys, "dmeo")
+    assert sentence.startswith("gradbal: argument command: invalid choice: 'dmeo'")
+    assert sentence.count("\n") == 1
+
+
+def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert refused(capsys, "demo", "--out", str(taken)) == (
+        f"gradbal demo: `out` must be a folder that can be written, got {str(taken)!r} "
+        "(File exists).\n"
+    )
+
+
+def test_missing_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name != "tqdm" else object())
+    assert refused(capsys, "demo", "--out", str(tmp_path)) == (
+        'gradbal demo: needs scikit-learn and matplotlib; run `pip install "gradbal[demo]"`.\n'
+    )
+
+
+def test_demo_prints_its_table_and_where_the_pictures_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = partial(gradbal.demo.run, copies=(2, 1, 1))
+    monkeypatch.setattr(gradbal.demo, "run", small)
+    out = tmp_path / "new" / "folder"
+    shown = said(capsys, "demo", "--rules", "upgrad, uw,upgrad", "--epochs", "1", "--out", str(out))
+    names = [line.split("  ")[0] for line in shown.splitlines()]
+    assert names[2:7] == ["single task", "ew", "upgrad", "uw", ""]
+    assert shown.rstrip().endswith(
+        f"Pictures: {out / 'learning-curves.png'} {out / 'weights-and-cosines.png'}"
+    )
+
+
+def run(*words: str) -> str:
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    assert run("-m", "gradbal", "--version") == f"gradbal {gradbal.__version__}\n"
+
+
+def test_import_gradbal_stays_light() -> None:
+    heavy = {"gradbal.cli", "gradbal.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
+    code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "
+    assert run("-c", code + "({*sys.modules} - old))") == "set()\n"  # torch itself has tqdm
+
+
+# ---------------------------------------------------------------------- what the pages show
+
+
+def snippets(page: str) -> str:
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(dedent(block) for _, block in blocks)
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(4, 6)
+        self.heads = torch.nn.Linear(6, 1), torch.nn.Linear(6, 1)
+        self.both = torch.nn.ModuleList(self.heads)
+
+    def forward(self, batch: Tensor) -> list[Tensor]:
+        features = self.encoder(batch).tanh()
+        return [head(features).square().mean() for head in self.heads]
+
+
+def test_what_the_readme_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = torch.randn(8, 4)
+    known: dict[str, Any] = {
+        "gradbal": gradbal,
+        "torch": torch,
+        "model": Net(),
+        "compute_losses": lambda model, batch: model(batch),
+        "loader": [batch, batch + 1],
+        "pieces": batch.split(4),
+        "device": "cpu",
+    }
+    exec(snippets("README.md"), known)
+    assert "tensor(" in capsys.readouterr().out
+    assert known["scaler"].get_scale() > 0
+
+
+def test_the_rule_of_the_contributing_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(RULES))
+    known: dict[str, Any] = {"__name__": "guide"}
+    exec(snippets("CONTRIBUTING.md"), known)
+    result = gradbal.aggregate(torch.eye(2), known["Inverse"](), losses=[0.5, 4.0])
+    assert result.direction.tolist() == [2.0, 0.25]
+    assert "inverse" not in rule_names()
