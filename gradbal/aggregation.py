@@ -11,7 +11,7 @@ from gradbal.decision import MODEL, Policy, decide
 from gradbal.gram import combine, gram_matrix
 from gradbal.registry import make_rule
 from gradbal.rule import LossRule, Rule
-from gradbal.survey import survey, survey_losses
+from gradbal.survey import Survey, survey, survey_losses
 
 LEARNED_LR = 1e-3  # for rules that would take the model's learning rate
 
@@ -74,23 +74,7 @@ def aggregate(
     if generator is not None:
         core.generator = generator
         core.seed = int(torch.randint(2**62, (), generator=generator))
-    if isinstance(rule, LossRule):
-        seen = survey_losses(values, capturable=False)
-    else:
-        nothing = values.new_zeros(())
-        seen = survey(
-            lambda scaled: {MODEL: gram_matrix(jacobian, scaled=scaled)},
-            values,
-            values.new_zeros(m),
-            nothing,
-            None,
-            capturable=False,
-        )
-    if seen.bad:
-        raise ValueError(
-            f"aggregate: row or loss {seen.bad[0]} is not finite; every entry must be a number."
-        )
-    tasks = range(m)
+    seen, tasks = _look(jacobian, rule, values), range(m)
     if core.awaiting:
         core.awaiting = set()
         core.observe(tasks, seen.losses)
@@ -108,6 +92,31 @@ def aggregate(
     weights = decision.shared[MODEL].to(jacobian.device)
     direction = combine(jacobian, weights)
     return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, core.state_dict())
+
+
+def _look(jacobian: Tensor, rule: Rule, losses: Tensor) -> Survey:
+    """Bring what the rule looks at to where it looks.
+
+    Raises:
+        ValueError: If something is not finite.
+    """
+    if isinstance(rule, LossRule):
+        seen = survey_losses(losses, capturable=False)
+    else:
+        no_heads = torch.zeros_like(losses)
+        seen = survey(
+            lambda scaled: {MODEL: gram_matrix(jacobian, scaled=scaled)},
+            losses,
+            no_heads,
+            no_heads[0],
+            None,
+            capturable=False,
+        )
+    if seen.bad:
+        raise ValueError(
+            f"aggregate: row or loss {seen.bad[0]} is not finite; every entry must be a number."
+        )
+    return seen
 
 
 def _check(jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[Tensor]) -> Tensor:

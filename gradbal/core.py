@@ -78,8 +78,6 @@ class Core:
             self.numbered = isinstance(tasks, int)
             self._grow(announced_tasks(tasks))
 
-    # ------------------------------------------------------------------ tasks
-
     def number_tasks(self, names: Sequence[str] | None, count: int) -> list[int]:
         """Return the number of each task, and make room for new ones.
 
@@ -107,8 +105,6 @@ class Core:
 
     def _new_state(self, n_tasks: int, device: torch.device) -> State:
         return new_state(self.rule, self.learner, n_tasks, device)
-
-    # ------------------------------------------------------------------ the rule
 
     def context(self, group: str, tasks: Sequence[int], losses: Tensor, **known: Any) -> Context:
         """Show the rule its working copy of the state, for the tasks at hand.
@@ -174,8 +170,6 @@ class Core:
     def _some(self, tasks: Sequence[int]) -> Sequence[int] | None:
         return None if list(tasks) == list(range(len(self.names))) else tasks
 
-    # ------------------------------------------------------------------ pending gradients
-
     def put_aside(
         self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
     ) -> None:
@@ -201,8 +195,6 @@ class Core:
         for name in ("sets", "rows", "aux"):
             old = getattr(self, name)
             setattr(self, name, {moved[n]: kept for n, kept in old.items() if n in moved})
-
-    # ------------------------------------------------------------------ all or nothing
 
     @contextmanager
     def transaction(self, *, random: bool = True) -> Iterator[Callable[[], None]]:
@@ -231,8 +223,6 @@ class Core:
         except BaseException:
             undo()
             raise
-
-    # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if nothing had happened."""

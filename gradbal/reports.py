@@ -131,7 +131,11 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
     if plan.foreign:
         lines.append(f"  {plan.foreign} parameters belong to no group and are left alone.")
     edges = ", ".join(edge.node.name() for edge in plan.cut)
-    lines.append(f"Cut: {edges}." if edges else "Cut: none; the graphs meet in parameters only.")
+    lines.append(
+        f"Cut: {edges}."
+        if edges
+        else "Cut: none; the graphs meet in parameters only, or not at all."
+    )
     lines.append(_cost(descent, rule, m, shared))
     return "\n".join(lines)
 

@@ -1,9 +1,11 @@
 """Toy models with several losses, and slow, obvious references for what is made of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -189,6 +191,15 @@ def everything(module: nn.Module, optimizer: Any) -> Any:
     return frozen_copy(
         [dict(module.state_dict()), grads(module), optimizer.state_dict(), optimizer.core.skipped]
     )
+
+
+def says(error: type[Exception], sentence: str, call: Callable[[], Any]) -> None:
+    """Check the whole message, from its first to its last character."""
+    with pytest.raises(error, match=f"^{re.escape(sentence)}$") as caught:
+        call()
+    text = str(caught.value)
+    assert text[0].isupper() or text.split(":")[0].islower()
+    assert text.endswith(".")
 
 
 @dataclass(frozen=True)

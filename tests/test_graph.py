@@ -89,11 +89,12 @@ def test_one_node_with_all_losses_is_said_once(caplog: pytest.LogCaptureFixture)
     ]
 
 
+@pytest.mark.parametrize("rule", ["ew", "uw", "upgrad", "graddrop"])
 def test_parameters_outside_the_optimizer_are_left_alone_and_said_once(
-    caplog: pytest.LogCaptureFixture,
+    rule: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Toy()
-    optimizer = wrapped(model.trunk)
+    optimizer = wrapped(model.trunk, rule)
     with caplog.at_level(logging.INFO, logger="gradbal"):
         for _ in range(2):
             optimizer.step(model.losses())

@@ -264,8 +264,8 @@ def test_no_representation_where_nothing_is_shared_or_inputs_differ() -> None:
     apart = CrossStitch(VECTORS, heads(), stitch_after=())
     batches = {task: batch(seed=n) for n, task in enumerate("abc")}
     message = (
-        "^Representation: the tasks' graphs meet in parameters only, so there is no "
-        r"representation to look at; name a module or choose another engine\.$"
+        "^Representation: the tasks' graphs meet in parameters only, or not at all, so there is "
+        r"no representation to look at; name a module or choose another engine\.$"
     )
     for model, x in ((apart.double(), batch()), (build("HPS"), batches)):
         with pytest.raises(RuntimeError, match=message):
