@@ -264,12 +264,18 @@ def test_no_representation_where_nothing_is_shared_or_inputs_differ() -> None:
     apart = CrossStitch(VECTORS, heads(), stitch_after=())
     batches = {task: batch(seed=n) for n, task in enumerate("abc")}
     message = (
-        "^Representation: the tasks' graphs meet in parameters only, or not at all, so there is "
+        "^Representation: the tasks' graphs meet in parameters only, so there is "
         r"no representation to look at; name a module or choose another engine\.$"
     )
-    for model, x in ((apart.double(), batch()), (build("HPS"), batches)):
-        with pytest.raises(RuntimeError, match=message):
-            wrapped(model, engine=engines.Representation()).step(losses_of(model(x)))
+    shared = build("HPS")
+    with pytest.raises(RuntimeError, match=message):
+        wrapped(shared, engine=engines.Representation()).step(losses_of(shared(batches)))
+    model = apart.double()
+    wrapped(model, engine=engines.Representation()).backward(losses_of(model(batch())))
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    sum(losses_of(model(batch())).values()).backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters() if p.grad is not None])
 
 
 # ---------------------------------------------------------------------- some of the tasks
