@@ -113,7 +113,7 @@ def pass_once(
     scale: Tensor | None,
     call: Call,
     *,
-    hidden: bool,
+    only_ours: bool,
 ) -> bool:
     """Differentiate the weighted sum of the losses, and the auxiliary ones, into ``.grad``.
 
@@ -123,7 +123,8 @@ def pass_once(
         weights: Their weights, shape ``[m]``.
         scale: Factor on all gradients; None for 1.
         call: The arguments of the call.
-        hidden: Whether a part of the graph can be gone through only as a whole.
+        only_ours: Leave the gradients of other parameters alone; what a reentrant checkpoint
+            hides is not reached then.
 
     Returns:
         Whether the gradients are finite; looked at only under a scaler.
@@ -133,7 +134,7 @@ def pass_once(
         edges, seeds = edges + aux.edges, seeds + aux.seeds(scale)
     inputs = [param for param in params if param.requires_grad]
     torch.autograd.backward(
-        edges, seeds, retain_graph=call.retain_graph, inputs=None if hidden else inputs
+        edges, seeds, retain_graph=call.retain_graph, inputs=inputs if only_ours else None
     )
     if scale is None:
         return True

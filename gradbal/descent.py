@@ -50,7 +50,7 @@ class Descent:
         self.index: dict[int, int] = {}
         self.grouped: dict[int, str] = {}
         self.told: set[str] = set()
-        self.seen = self.hidden = False
+        self.walked = self.hidden = self.foreign = False
         self.shared: set[int] | None = None
         self.refresh()
         self.shared = None if shared is None else numbers_in(shared, self.index)
@@ -115,7 +115,7 @@ class Descent:
                 "representation to look at; name a module or choose another engine."
             )
         self._tell(plan)
-        self.seen, self.hidden = True, plan.hidden
+        self.walked, self.hidden, self.foreign = True, plan.hidden, plan.foreign > 0
         return plan
 
     def gather(

@@ -45,6 +45,7 @@ class Flow:
         self.learning = Learning(core, descent.base, options.learned_lr, descent.tell_once)
         self.writer = Writer()
         self.last: StepRecord | None = None
+        self.holds = False  # weights, for further evaluations of the losses in a step
 
     @torch.no_grad()
     def balance(self, losses: Losses, call: Call) -> bool:
@@ -86,6 +87,11 @@ class Flow:
             return None, []
         reusable = call.replay or core.age + 1 < options.update_every
         held = reuse(core, sorted({*batch.tasks, *core.losses})) if reusable else None
+        if call.replay and held is None:
+            raise RuntimeError(
+                f"{OWNER}: the closure returned losses of other tasks than in its first evaluation "
+                "of this step; return those of the same tasks."
+            )
         if core.rows or (held is None and not isinstance(core.rule, LossRule)):
             return held, []
         aux = call.aux_batch()
@@ -146,12 +152,13 @@ class Flow:
     ) -> bool:
         """Take the weighted losses down in one ordinary pass."""
         descent = self.descent
-        if not descent.seen:  # the only time that the graph is walked
+        if not descent.walked or descent.foreign:  # else there is nothing to find out
             descent.plan(batch, self.core.sets, found=True)
         self._start_anew(call)
         weights = decision.shared[MODEL]
         with replacing_grads(descent.params, fresh=call.fresh):
-            finite = pass_once(descent.params, batch, weights, scale, call, hidden=descent.hidden)
+            only_ours = descent.foreign and not descent.hidden
+            finite = pass_once(descent.params, batch, weights, scale, call, only_ours=only_ours)
         if finite:
             self._commit(decision, batch.tasks, Survey({}, batch.values, None, []), call)
         else:  # the scaler will leave the step out
@@ -187,8 +194,9 @@ class Flow:
         names = tuple(self.core.names[task] for task in tasks)
         if call.scaler is None and self.options.when_nonfinite == "raise":
             whose = ", ".join("the auxiliary loss" if i < 0 else f"task {names[i]!r}" for i in bad)
+            so = "the step was broken off" if call.replay else "nothing was changed"
             raise ValueError(
-                f"{OWNER}: the {what} of {whose} is not finite; nothing was changed. Look for the "
+                f"{OWNER}: the {what} of {whose} is not finite; {so}. Look for the "
                 'cause with torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" '
                 "to leave such steps out."
             )
@@ -223,11 +231,12 @@ class Flow:
                 "evaluate a part of the batch only; call `backward` without `accumulate` and then "
                 "`step()`."
             )
-        if count > 1 and not self.core.held:
+        if count > 1 and not self.holds:
             raise RuntimeError(
                 f"{OWNER}: {type(self.descent.base).__name__} evaluates the losses several times "
                 f"in a step, and {type(self.core.rule).__name__} with these options has no weights "
                 "to hold meanwhile; choose a rule with weights, and one group."
             )
         self.balance(losses, Call(aux, fresh=True, hold=count == 1, replay=count > 1))
+        self.holds = bool(self.core.held)
         return self.last.objective() if self.last is not None else torch.zeros(())

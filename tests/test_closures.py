@@ -170,6 +170,19 @@ def test_lbfgs_without_a_closure_says_what_to_do(closure: Any) -> None:
         lbfgs(model, "ew").step()
 
 
+@pytest.mark.parametrize("rule", ["uw", "upgrad", "graddrop"])
+def test_skipping_inside_a_closure(rule: str) -> None:
+    model = Toy()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = MTLOptimizer(base, rule, on_nonfinite="skip")
+    optimizer.step(model.named)
+    before = frozen_copy([dict(model.state_dict()), base.state_dict()])
+    state = frozen_copy(optimizer.core.state_dict()["state"])
+    optimizer.step(lambda: {k: v * float("nan") for k, v in model.named(1).items()})
+    assert frozen_copy([dict(model.state_dict()), base.state_dict()]) == before
+    assert frozen_copy(optimizer.core.state_dict()["state"]) == state
+
+
 # ---------------------------------------------------------------------- after the step
 
 
@@ -352,3 +365,22 @@ def test_famo_under_lbfgs_looks_once_after_the_step() -> None:
     assert modes.count(False) == 1
     assert modes[-1] is False
     assert modes.count(True) >= 5
+
+
+def test_a_closure_that_changes_its_tasks_is_told() -> None:
+    model = Toy()
+    optimizer = MTLOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=3), "upgrad")
+    calls = 0
+
+    def closure() -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        named = dict(zip("abc", model.losses(), strict=True))
+        return named if calls > 1 else {name: named[name] for name in "ab"}
+
+    sentence = (
+        "MTLOptimizer: the closure returned losses of other tasks than in its first evaluation of "
+        "this step; return those of the same tasks."
+    )
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        optimizer.step(closure)

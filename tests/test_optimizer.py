@@ -12,6 +12,7 @@ from models import (
     assert_same,
     data,
     everything,
+    expected_grads,
     frozen_copy,
     grads,
     jacobian,
@@ -308,6 +309,16 @@ def test_inside_no_grad_and_inference_blocks() -> None:
         optimizer.step(losses)
     reference.step(plain.losses())
     assert_same(model.parameters(), plain.parameters(), 0)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_activations_kept_elsewhere(engine: str) -> None:
+    model = Toy()
+    with torch.autograd.graph.save_on_cpu():
+        losses = model.losses()
+    wanted = expected_grads(model.losses(), list(model.parameters()), "upgrad")
+    wrapped(model, "upgrad", engine=engine).backward(losses)
+    assert_same(grads(model), wanted, 1e-9)
 
 
 def test_two_optimizers_on_one_model() -> None:

@@ -333,6 +333,16 @@ def test_reentrant_checkpoints_are_gone_through_where_one_pass_is_enough() -> No
         assert_same(grads(model), grads(plain), 1e-13)
 
 
+@pytest.mark.parametrize("rule", ["ew", "uw"])
+def test_reentrant_checkpoints_that_start_later(rule: str) -> None:
+    model = Toy()
+    optimizer = wrapped(model, rule, lr=0.0)
+    optimizer.step(model.losses())
+    z = checkpoint(model.trunk, data(6, 4).requires_grad_(), use_reentrant=True)
+    optimizer.step([square(head(z)) for head in model.heads])
+    assert all(p.grad is not None for p in model.trunk.parameters())
+
+
 @pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])
 @pytest.mark.parametrize("rule", ["ew", "upgrad", "graddrop"])
 def test_saved_tensors_are_freed(rule: str, engine: str) -> None:

@@ -229,8 +229,8 @@ def test_no_representation_to_be_found() -> None:
     optimizer = wrapped([*a.parameters(), *b.parameters()], "upgrad", engine="representation")
     says(
         RuntimeError,
-        "Representation: the tasks' graphs meet in parameters only, or not at all, so there is no "
-        "representation to look at; name a module or choose another engine.",
+        "Representation: the tasks' graphs meet in parameters only, so there is no representation "
+        "to look at; name a module or choose another engine.",
         lambda: optimizer.step(losses()),
     )
 

@@ -380,6 +380,34 @@ def leaf_that_no_optimizer_knows() -> Case:
 
 
 @case
+def gradient_penalty() -> Case:
+    model = Toy(2)
+
+    def losses() -> list[Tensor]:
+        x = data(6, 4, seed=1).requires_grad_()
+        a, b = model(x)
+        (slope,) = torch.autograd.grad(a.sum(), x, create_graph=True)
+        return [square(a) + square(slope), square(b - 1)]
+
+    return list(model.parameters()), losses
+
+
+@case
+def forward_pass_under_vmap() -> Case:
+    model = Toy(2)
+
+    def losses() -> list[Tensor]:
+        params = dict(model.named_parameters())
+
+        def one(row: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.func.functional_call(model, params, (row[None],)))
+
+        return [square(y) for y in torch.func.vmap(one)(X)]
+
+    return list(model.parameters()), losses
+
+
+@case
 def twenty_four_tasks() -> Case:
     weight = param(3, 24, seed=1)
     return [weight], lambda: list((data(5, 3) @ weight).tanh().square().mean(dim=0).unbind())
