@@ -37,6 +37,10 @@ class MTAN(MultiTaskModel):
     :math:`u_1, p_1, \dots` on their way to the tasks: complete for the trunk, whereas the
     refinements lie beyond it. All is sized by the first input, and resized to each :math:`p_s`.
 
+    The refinements' norms are shared as published: in training each task is normalised by its own
+    batch, but one set of running statistics serves all in evaluation. Where the tasks' masks differ
+    much, that costs accuracy in evaluation only; ``refine=None`` does without.
+
     Args:
         stages: The trunk. A stage that is a pair, or a sequence of two modules or more, is tapped
             before and after its last module; any other module after it alone.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradbal import __version__
 from gradbal.core import Core
+from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
 from gradbal.demo.settings import Settings
 from gradbal.registry import RULES, Entry, make_rule
@@ -66,6 +67,8 @@ def _parsers() -> tuple[_Parser, _Parser]:
     default = Settings()
     several = ",".join(default.rules)
     demo.add_argument("--rules", default=several, help=f"names with commas between ({several})")
+    archs = ", ".join(ARCHITECTURES)
+    demo.add_argument("--arch", default=default.arch, help=f"one of {archs} (%(default)s)")
     demo.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
     demo.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
     demo.add_argument("--device", default=default.device, help="(%(default)s)")
@@ -82,6 +85,7 @@ def _demo(parser: _Parser, given: argparse.Namespace) -> None:
     try:
         settings = Settings(
             rules=tuple(name for name in names if name),
+            arch=given.arch,
             epochs=given.epochs,
             seed=given.seed,
             device=given.device,

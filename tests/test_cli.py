@@ -29,6 +29,11 @@ BAD = {
         "gradbal demo: unknown rule 'upgrda'. Did you mean 'upgrad'? "
         "`gradbal list` shows all of them.\n",
     ),
+    "unknown architecture": (
+        ["demo", "--arch", "XNet"],
+        "gradbal demo: `arch` must be one of 'HPS', 'CrossStitch', 'MMoE', 'MTAN', 'CGC', 'PLE', "
+        "'DSelectK', 'LearningToBranch', got 'XNet'.\n",
+    ),
     "no rule": (["demo", "--rules", " ,"], "gradbal demo: `rules` must name at least one rule.\n"),
     "no epoch": (["demo", "--epochs", "0"], "gradbal demo: `epochs` must be >= 1, got 0.\n"),
     "no number": (

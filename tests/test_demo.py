@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradbal.demo import Report, Settings, contest, data, run
+from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.contest import Balanced, Learner, judge, new_model, train
 from gradbal.demo.data import Pictures, Splits, compose, split, two_digits
 from gradbal.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
@@ -24,6 +25,25 @@ def splits() -> Splits:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     settings = Settings(rules=RULES, epochs=2, seed=3, out=tmp_path_factory.mktemp("demo"))
     return run(settings, copies=COPIES)
+
+
+# ---------------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_learns_all_tasks(arch: str, splits: Splits) -> None:
+    settings = Settings(rules=("upgrad",), arch=arch, epochs=1, seed=3)
+    model = new_model(settings, splits.train, arch)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = Balanced("upgrad", model, settings)
+    first = sum(losses_of(model, splits.train)[0].values()).item()
+    for number in range(15):
+        learner.step(splits.train, number)
+    learner.end_epoch(splits.validation)
+    assert sum(losses_of(model, splits.train)[0].values()).item() < first
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert scores_of(model, splits.test) == scores_of(model, splits.test)
+    assert model.training
 
 
 # ---------------------------------------------------------------------- pictures
@@ -94,25 +114,26 @@ def test_best_epoch_knows_which_way_is_better() -> None:
 
 def test_single_task_baseline_leaves_the_other_heads_alone(splits: Splits) -> None:
     settings = Settings(epochs=1)
-    learner = Learner("right", new_model(settings, splits.train), settings)
+    learner = Learner("right", new_model(settings, splits.train, settings.arch), settings)
     before = copy.deepcopy(learner.model.state_dict())
     learner.step(splits.train, 0)
     moved = {n for n, new in learner.model.state_dict().items() if not torch.equal(new, before[n])}
-    assert any(name.startswith("trunk.") for name in moved)
-    assert any(name.startswith("heads.right.") for name in moved)
-    assert not any(name.startswith(("heads.left.", "heads.distance.")) for name in moved)
+    assert any(not name.startswith("body.heads.") for name in moved)
+    assert any(name.startswith("body.heads.right.") for name in moved)
+    others = ("body.heads.left.", "body.heads.distance.")
+    assert not any(name.startswith(others) for name in moved)
 
 
 def test_ew_follows_plain_torch(splits: Splits) -> None:
     settings = Settings(epochs=1)
-    start = new_model(settings, splits.train)
+    start = new_model(settings, splits.train, settings.arch)
     ours = Balanced("ew", copy.deepcopy(start), settings)
     plain = Learner("", copy.deepcopy(start), settings)
     for number in range(7):
         batch = splits.train.take(torch.arange(20) + 20 * number)
         ours.step(batch, number)
         plain.optimizer.zero_grad()
-        torch.autograd.backward(torch.stack(list(losses_of(plain.model, batch).values())).sum())
+        torch.autograd.backward(torch.stack(list(losses_of(plain.model, batch)[0].values())).sum())
         plain.optimizer.step()
     for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -120,7 +141,7 @@ def test_ew_follows_plain_torch(splits: Splits) -> None:
 
 def test_looking_at_gradients_changes_nothing(splits: Splits) -> None:
     settings = Settings(epochs=1)
-    learner = Balanced("rlw", new_model(settings, splits.train), settings)
+    learner = Balanced("rlw", new_model(settings, splits.train, settings.arch), settings)
     before, draws = copy.deepcopy(learner.model.state_dict()), torch.get_rng_state()
     ours = copy.deepcopy(learner.optimizer.core.state_dict())
     seen = learner.observe(splits.train)
@@ -133,7 +154,7 @@ def test_looking_at_gradients_changes_nothing(splits: Splits) -> None:
 
 def test_validation_chooses_the_epoch_that_is_tested(splits: Splits) -> None:
     settings = Settings(epochs=3)
-    model = new_model(settings, splits.train)
+    model = new_model(settings, splits.train, settings.arch)
     alone = [Learner(task, copy.deepcopy(model), settings) for task in TASKS]
     together = [Balanced("ew", copy.deepcopy(model), settings)]
     train([*alone, *together], splits, settings)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal.demo import plots
+from gradbal.demo.architectures import PLAIN
 from gradbal.demo.data import COPIES, Pictures, Splits, two_digits
 from gradbal.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
 from gradbal.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
@@ -34,8 +35,9 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
         splits = Splits(
             *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
         )
-        model = new_model(settings, splits.train)
-        alone = [Learner(task, copy.deepcopy(model), settings) for task in TASKS]
+        single = new_model(settings, splits.train, PLAIN)
+        model = new_model(settings, splits.train, settings.arch)
+        alone = [Learner(task, copy.deepcopy(single), settings) for task in TASKS]
         together = [Balanced(rule, copy.deepcopy(model), settings) for rule in settings.contestants]
         train([*alone, *together], splits, settings)
         outcomes = judge(alone, together, splits.test)
@@ -57,11 +59,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def new_model(settings: Settings, train: Pictures) -> TwoDigitNet:
-    """Return the network that everyone starts from."""
+def new_model(settings: Settings, train: Pictures, arch: str) -> TwoDigitNet:
+    """Return the network that everyone with this architecture starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = TwoDigitNet(train.distance.mean().item(), train.distance.std().item())
+        model = TwoDigitNet(train.distance.mean().item(), train.distance.std().item(), arch)
     return model.to(settings.device)
 
 
@@ -88,7 +90,8 @@ class Learner:
     def step(self, batch: Pictures, number: int) -> None:
         """Learn from a batch."""
         self.optimizer.zero_grad()
-        torch.autograd.backward(losses_of(self.model, batch)[self.name])
+        losses, _ = losses_of(self.model, batch)
+        torch.autograd.backward(losses[self.name])
         self.optimizer.step()
 
     def end_epoch(self, validation: Pictures) -> None:
@@ -124,7 +127,8 @@ class Balanced(Learner):
         seen = self.observe(batch) if looking and isinstance(self.optimizer.rule, LossRule) else {}
         _wait_for(batch.images.device)
         start = perf_counter()
-        self.optimizer.step(losses_of(self.model, batch))
+        losses, aux = losses_of(self.model, batch)
+        self.optimizer.step(losses, aux=aux)
         _wait_for(batch.images.device)
         self.times.append(perf_counter() - start)
         if looking:
@@ -132,7 +136,8 @@ class Balanced(Learner):
 
     def observe(self, batch: Pictures) -> dict[str, Tensor]:
         """Look at gradients that the rule itself does not look at; the network stays as it is."""
-        self.observer.backward(losses_of(self.model, batch))
+        losses, _ = losses_of(self.model, batch)
+        self.observer.backward(losses)
         seen = self.observer.metrics()
         self.observer.zero_grad()
         return {key: value for key, value in seen.items() if "/weight/" not in key}
@@ -140,6 +145,7 @@ class Balanced(Learner):
     def end_epoch(self, validation: Pictures) -> None:
         super().end_epoch(validation)
         self.optimizer.end_epoch()
+        self.model.end_epoch()
 
 
 def train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> None:

@@ -1,9 +1,12 @@
-"""A small trunk with three heads, its losses and its scores."""
+"""A small network with three heads, its losses and its scores."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradbal.demo.architectures import PLAIN, build
 from gradbal.demo.data import HEIGHT, WIDTH, Pictures
 
 Scores = dict[str, float]
@@ -18,48 +21,70 @@ class TwoDigitNet(nn.Module):
     Args:
         centre: Mean distance of the training pictures, in pixels.
         spread: Its standard deviation.
+        arch: How the tasks share parameters, see :mod:`gradbal.demo.architectures`.
     """
 
-    def __init__(self, centre: float, spread: float) -> None:
+    def __init__(self, centre: float, spread: float, arch: str = PLAIN) -> None:
         super().__init__()
         self.centre, self.spread = centre, spread
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, CHANNELS, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * CHANNELS * (HEIGHT // 4) * (WIDTH // 4), FEATURES),
-            nn.ReLU(),
-        )
-        self.heads = nn.ModuleDict({"left": _head(10), "right": _head(10), "distance": _head(1)})
+        heads = {"left": _head(10), "right": _head(10), "distance": _head(1)}
+        self.body = build(arch, STAGES, heads)
+        self.body(torch.zeros(2, 1, HEIGHT, WIDTH))  # some take their sizes from the first input
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.trunk(images)
-        out = {task: head(features) for task, head in self.heads.items()}
-        out["distance"] = self.centre + self.spread * out["distance"].squeeze(1)
-        return out
+    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        outputs, aux = self.body(images, return_aux=True)
+        outputs["distance"] = self.centre + self.spread * outputs["distance"].squeeze(1)
+        return outputs, aux
+
+    def end_epoch(self) -> None:
+        """Let an architecture with a temperature cool down."""
+        schedule: Any = getattr(self.body, "tau", None)  # of an architecture known by name only
+        if schedule is not None:
+            schedule.step()
+
+
+def _convolution(inputs: int, outputs: int, width: int) -> nn.Module:
+    layer = nn.Conv2d(inputs, outputs, width, stride=2, padding=width // 2)
+    return nn.Sequential(layer, nn.ReLU())
+
+
+def _features() -> nn.Module:
+    inputs = 2 * CHANNELS * (HEIGHT // 4) * (WIDTH // 4)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
 
 
 def _head(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs))
 
 
-def losses_of(model: TwoDigitNet, batch: Pictures) -> dict[str, Tensor]:
-    """Return one loss per task: two cross-entropies and a squared error in units of the spread."""
-    out = model(batch.images)
+STAGES = (
+    lambda: _convolution(1, CHANNELS, 5),
+    lambda: _convolution(CHANNELS, 2 * CHANNELS, 3),
+    _features,
+)
+
+
+def losses_of(model: TwoDigitNet, batch: Pictures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return one loss per task, and the auxiliary losses of the architecture.
+
+    The first two are cross-entropies, the third is a squared error in units of the spread.
+    """
+    out, aux = model(batch.images)
     gap = (out["distance"] - batch.distance) / model.spread
-    return {
+    losses = {
         "left": F.cross_entropy(out["left"], batch.left),
         "right": F.cross_entropy(out["right"], batch.right),
         "distance": gap.square().mean(),
     }
+    return losses, aux
 
 
 @torch.no_grad()
 def scores_of(model: TwoDigitNet, pictures: Pictures) -> Scores:
     """Return the accuracy of each digit and the mean absolute error of the distance in pixels."""
-    out = model(pictures.images)
+    model.eval()
+    out, _ = model(pictures.images)
+    model.train()
     return {
         "left": (out["left"].argmax(dim=1) == pictures.left).float().mean().item(),
         "right": (out["right"].argmax(dim=1) == pictures.right).float().mean().item(),

@@ -8,6 +8,7 @@ import torch
 
 from gradbal import checks
 from gradbal.checks import did_you_mean
+from gradbal.demo.architectures import ARCHITECTURES, PLAIN
 from gradbal.registry import RULES
 
 OWNER = "gradbal demo"
@@ -22,6 +23,7 @@ class Settings:
 
     Args:
         rules: Registered names; ``ew`` is added where it is missing.
+        arch: How the tasks share parameters, one of ``ARCHITECTURES``.
         epochs: Passes over the training pictures.
         seed: Seed of the pictures, the initial weights, the batches and the rules.
         device: Where to train, as torch names it.
@@ -32,6 +34,7 @@ class Settings:
     """
 
     rules: tuple[str, ...] = RULES_BY_DEFAULT
+    arch: str = PLAIN
     epochs: int = 14
     seed: int = 0
     device: str = "cpu"
@@ -46,6 +49,7 @@ class Settings:
                     f"{OWNER}: unknown rule {name!r}.{did_you_mean(name, RULES)} "
                     "`gradbal list` shows all of them."
                 )
+        checks.one_of(OWNER, tuple(ARCHITECTURES), arch=self.arch)
         checks.at_least(OWNER, 1, epochs=self.epochs)
         checks.between(OWNER, 0, 2**32 - 1, seed=self.seed)
         _check_device(self.device)

@@ -1,0 +1,181 @@
+"""One cell of the table: a model of one architecture, trained by one rule, and scored."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from time import process_time
+
+import torch
+from torch import Tensor, nn
+
+from arch_zoo import (
+    CGC,
+    HPS,
+    MTAN,
+    PLE,
+    CrossStitch,
+    DSelectK,
+    LearningToBranch,
+    MMoE,
+    MultiTaskModel,
+)
+from benchmarks.problems import Factory, Problem, Split, Task, problem
+from gradbal import MTLOptimizer
+
+LEARNING_RATE = 3e-3  # of Adam, the same for every cell
+ALONE = "alone"  # stands for the architecture where a task is trained by itself
+
+Heads = dict[str, nn.Module]
+Stages = tuple[Factory, Factory, Factory]
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What is trained.
+
+    Args:
+        problem: One of ``problems.PROBLEMS``.
+        arch: One of ``ARCHS``, or ``ALONE``.
+        rule: A registered rule; the task's name for a task alone.
+        seed: Seed of the split, the weights at the start, the batches and the rule.
+        epochs: Passes through the training examples.
+    """
+
+    problem: str
+    arch: str
+    rule: str
+    seed: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came out.
+
+    Args:
+        cell: What was trained.
+        scores: On the test examples after the last step, by task.
+        params: Number of parameters.
+        step_ms: Processor time of a step with its forward pass, in milliseconds, median over all
+            steps; unlike wall time it leaves out what other processes took.
+        loss_before: Mean of the summed training loss over the first tenth of all steps.
+        loss_after: The same over the last tenth.
+        unmoved: Parameters that are what they were at the start.
+    """
+
+    cell: Cell
+    scores: dict[str, float]
+    params: int
+    step_ms: float
+    loss_before: float
+    loss_after: float
+    unmoved: tuple[str, ...]
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with the training, or nothing."""
+        complaints = []
+        if not self.loss_after < self.loss_before:
+            before, after = self.loss_before, self.loss_after
+            complaints.append(f"the summed loss did not fall ({before:.4g} to {after:.4g})")
+        if self.unmoved:
+            complaints.append(f"{', '.join(self.unmoved)} did not move")
+        return "; ".join(complaints)
+
+
+def above(stages: Stages) -> Factory:
+    """Return a factory of experts: the encoder without its stem."""
+    return lambda: nn.Sequential(stages[1](), stages[2]())
+
+
+ARCHS: dict[str, Callable[[Stages, Heads], MultiTaskModel]] = {
+    "HPS": lambda stages, heads: HPS(stages, heads),
+    "CrossStitch": lambda stages, heads: CrossStitch(stages, heads),
+    "MMoE": lambda stages, heads: MMoE(above(stages), heads, num_experts=3, stem=stages[0]),
+    "MTAN": lambda stages, heads: MTAN(stages, heads),
+    "CGC": lambda stages, heads: CGC(
+        above(stages), heads, num_shared=2, num_specific=1, stem=stages[0]
+    ),
+    "PLE": lambda stages, heads: PLE(
+        stages[1:], heads, num_shared=2, num_specific=1, stem=stages[0]
+    ),
+    "DSelectK": lambda stages, heads: DSelectK(
+        above(stages), heads, num_experts=3, k=2, entropy_weight=1e-2, stem=stages[0]
+    ),
+    "LearningToBranch": lambda stages, heads: LearningToBranch(stages, heads),
+}
+
+
+def train(cell: Cell) -> Record:
+    """Train and score a cell; leaves the global generator alone."""
+    data = problem(cell.problem, cell.seed)
+    alone = cell.arch == ALONE
+    tasks = {cell.rule: data.tasks[cell.rule]} if alone else data.tasks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        make = ARCHS["HPS" if alone else cell.arch]
+        model = make(data.stages, {name: data.head(name) for name in tasks})
+        model.initialize(data.train.x[:2])
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        losses, seconds = _fit(model, tasks, data, "ew" if alone else cell.rule, cell)
+    tenth = max(1, len(losses) // 10)
+    return Record(
+        cell,
+        _scores(model, tasks, data.test),
+        sum(p.numel() for p in start.values()),
+        1e3 * median(seconds),
+        fmean(losses[:tenth]),
+        fmean(losses[-tenth:]),
+        tuple(name for name, p in model.named_parameters() if torch.equal(p, start[name])),
+    )
+
+
+def _fit(
+    model: MultiTaskModel, tasks: dict[str, Task], data: Problem, rule: str, cell: Cell
+) -> tuple[list[float], list[float]]:
+    """Train; return the summed loss and the seconds of each step."""
+    base = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    mtl_opt = MTLOptimizer(base, rule, seed=cell.seed)
+    totals, seconds = [], []
+    for epoch in range(cell.epochs):
+        for some in batches(data, cell.seed, epoch):
+            x, y = data.train.x[some], {name: data.train.y[name][some] for name in tasks}
+            begin = process_time()
+            outputs, aux = model(x, return_aux=True)
+            losses = {name: task.loss(outputs[name], y[name]) for name, task in tasks.items()}
+            mtl_opt.step(losses, aux=aux)
+            seconds.append(process_time() - begin)
+            totals.append(float(sum(loss.item() for loss in losses.values())))
+        mtl_opt.end_epoch()
+        if isinstance(model, LearningToBranch):
+            model.tau.step()
+    return totals, seconds
+
+
+def batches(data: Problem, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Yield the positions of each batch of an epoch; the order depends on nothing else."""
+    generator = torch.Generator().manual_seed(1_000 * seed + epoch)
+    return iter(torch.split(torch.randperm(len(data.train.x), generator=generator), data.batch))
+
+
+@torch.no_grad()
+def _scores(model: MultiTaskModel, tasks: dict[str, Task], test: Split) -> dict[str, float]:
+    outputs = model.eval()(test.x)
+    return {name: task.score(outputs[name], test.y[name]) for name, task in tasks.items()}
+
+
+def cells_of(
+    problems: Sequence[str],
+    archs: Sequence[str],
+    rules: Sequence[str],
+    seeds: Sequence[int],
+    epochs: int,
+) -> list[Cell]:
+    """Return all cells, seed by seed, each problem's tasks alone first."""
+    cells = []
+    for seed in seeds:
+        for name in problems:
+            pairs = [(ALONE, task) for task in problem(name, seed).tasks]
+            pairs += [(arch, rule) for arch in archs for rule in rules]
+            cells += [Cell(name, arch, rule, seed, epochs) for arch, rule in pairs]
+    return cells
