@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
+from gradbal.core import Rows as PendingRows
 from gradbal.crossing import Segment
 from gradbal.decision import MODEL, Decision
 from gradbal.engines import Engine, Representation
@@ -19,8 +20,6 @@ from gradbal.sinks import Aside, GramOnly, Keep
 from gradbal.task_gradients import TaskGradients
 
 log = logging.getLogger("gradbal")
-
-PendingRows = dict[int, dict[int, Tensor]]  # by parameter, then by task
 
 
 class Descent:
@@ -155,9 +154,7 @@ class Descent:
             sink.open(self.params, self._group(shared), plan.sparse, n_rows, len(batch.tasks))
             self._cross(plan, batch.seeds(scale), heads, sink, retain_graph)
             sink.close()
-        reached = {n: tasks for n, tasks in plan.reached.items() if n in shared}
-        found = self._members(reached, batch.tasks, at_cut=isinstance(sink, GramOnly))
-        return TaskGradients(batch.tasks, heads, sink, found, set(plan.reached), self._eps(shared))
+        return self._collected(batch.tasks, heads, sink, plan.reached, shared)
 
     def rows(
         self, plan: Plan, batch: Batch, scale: Tensor | None, *, retain_graph: bool
@@ -201,9 +198,8 @@ class Descent:
                 else:
                     heads.grads[position[task]][number] = grad
         self.keep.close()
-        reached = {n: sum(1 << task for task in rows[n]) for n in rows if n in shared}
-        found = self._members(reached, tasks, at_cut=False)
-        return TaskGradients(tasks, heads, self.keep, found, set(rows), self._eps(shared))
+        reached = {n: sum(1 << task for task in column) for n, column in rows.items()}
+        return self._collected(tasks, heads, self.keep, reached, shared)
 
     def direction(
         self, plan: Plan, gradients: TaskGradients, decision: Decision, *, retain_graph: bool
@@ -270,16 +266,22 @@ class Descent:
             self.grouped = assign_groups(self.groups, sorted(shared), self.index)
         return self.grouped
 
-    def _members(
-        self, reached: Mapping[int, int], tasks: Sequence[int], *, at_cut: bool
-    ) -> dict[str, list[int]]:
-        """Return for each group the positions of the tasks that reach it."""
+    def _collected(
+        self,
+        tasks: list[int],
+        heads: Heads,
+        sink: Keep | GramOnly,
+        reached: Mapping[int, int],
+        shared: set[int],
+    ) -> TaskGradients:
+        """Add which tasks reach which group."""
         sets: dict[str, int] = {}
-        for number, bits in reached.items():
-            group = MODEL if at_cut else self.grouped[number]
-            sets[group] = sets.get(group, 0) | bits
+        for number in reached.keys() & shared:
+            group = MODEL if isinstance(sink, GramOnly) else self.grouped[number]
+            sets[group] = sets.get(group, 0) | reached[number]
         position = {task: i for i, task in enumerate(tasks)}
-        return {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
+        found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
+        return TaskGradients(tasks, heads, sink, dict(sorted(found.items())), self._eps(shared))
 
     def _eps(self, shared: set[int]) -> float:
         double = all(self.params[number].dtype == torch.float64 for number in shared)

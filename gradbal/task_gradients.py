@@ -18,7 +18,6 @@ class TaskGradients:
         heads: Gradients of parameters that belong to one task.
         sink: Gradients of shared parameters.
         members: For each group the positions of the tasks that reach it.
-        reached: Parameters that some of these tasks reach.
         eps: Relative rounding error of Gram matrices made from them.
     """
 
@@ -26,7 +25,6 @@ class TaskGradients:
     heads: Heads
     sink: Keep | GramOnly
     members: dict[str, list[int]]
-    reached: set[int]
     eps: float
 
     def grams(self, scaled: bool) -> dict[str, Tensor]:
