@@ -1,6 +1,6 @@
 """Train every rule with every architecture on two real problems, and make one table.
 
-Run from the root of the repository: ``python -m benchmarks.combinations --help``.
+``python -m benchmarks.combinations --help``, from the root of the repository.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from threading import Thread
 
 import torch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # found also when this is run as a script
 
 from benchmarks.cells import ARCHS, Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS
