@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ class Call:
     hold: bool = False
     replay: bool = False
 
+    @cached_property
     def aux_batch(self) -> Batch | None:
-        """Return the auxiliary losses that have a graph, or None if there is none."""
+        """The auxiliary losses that have a graph, or None if there is none."""
         if self.aux is None or (not isinstance(self.aux, Tensor) and not self.aux):
             return None
         losses = [self.aux] if isinstance(self.aux, Tensor) and self.aux.ndim == 0 else self.aux
@@ -130,7 +132,7 @@ def pass_once(
         Whether the gradients are finite; looked at only under a scaler.
     """
     edges, seeds = list(batch.edges), batch.seeds(weights if scale is None else weights * scale)
-    if (aux := call.aux_batch()) is not None:
+    if (aux := call.aux_batch) is not None:
         edges, seeds = edges + aux.edges, seeds + aux.seeds(scale)
     inputs = [param for param in params if param.requires_grad]
     torch.autograd.backward(

@@ -1,6 +1,7 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -57,7 +58,8 @@ class Descent:
         modules = engine.modules if isinstance(engine, Representation) else ()
         self.n_modules = len(modules)
         self.tag = object() if modules else None
-        self.hooks = watch(modules, self.tag)
+        for hook in watch(modules, self.tag):
+            weakref.finalize(self, hook.remove)  # the modules outlive their optimizers
         self.pool = isinstance(engine, Representation) and engine.pool is not None
         self.mixed = norms_only or self.pool
 
@@ -94,12 +96,7 @@ class Descent:
         tag = None if found else self.tag
         looks = isinstance(self.engine, Representation) and not found
         plan = make_plan(
-            batch.edges,
-            batch.tasks,
-            self.index,
-            known=known,
-            shared=self.shared,
-            tag=tag,
+            batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
         )
         if not plan.reached and not plan.hidden:
             raise ValueError(

@@ -94,7 +94,7 @@ class Flow:
             )
         if core.rows or (held is None and not isinstance(core.rule, LossRule)):
             return held, []
-        aux = call.aux_batch()
+        aux = call.aux_batch
         seen = survey_losses(
             batch.values, None if aux is None else aux.values, capturable=options.capturable
         )

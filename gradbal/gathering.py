@@ -75,7 +75,7 @@ def gather(
     known = dict(core.sets)
     for number, reached in plan.reached.items():
         known[number] = known.get(number, 0) | reached
-    aux = aux_gradients(call.aux_batch(), descent.params, scale)
+    aux = aux_gradients(call.aux_batch, descent.params, scale)
     count, retain = len(core.names), call.retain_graph
     if not call.accumulate and not core.rows:
         gradients = descent.gather(

@@ -1,5 +1,6 @@
 """Sequential, Batched and Representation against lone passes on a zoo of modules."""
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -349,3 +350,13 @@ def test_the_graph_survives_with_retain_graph() -> None:
         optimizer.backward(losses, retain_graph=True)
         assert_same(grads(model), [None if g is None else 2 * g for g in once], 1e-14)
         sum(losses).backward()
+
+
+def test_a_named_module_is_left_as_it_was_when_the_optimizer_goes() -> None:
+    model = Toy()
+    optimizer = wrapped(model, "upgrad", engine=engines.Representation(model.trunk))
+    optimizer.step(model.losses())
+    assert len(model.trunk._forward_hooks) == 1
+    del optimizer
+    gc.collect()
+    assert not model.trunk._forward_hooks
