@@ -21,6 +21,7 @@ from arch_zoo import (
 )
 from benchmarks.problems import Factory, Problem, Split, Task, problem
 from gradbal import MTLOptimizer
+from gradbal.demo.contest import one_thread
 
 LEARNING_RATE = 3e-3  # of Adam, the same for every cell
 ALONE = "alone"  # stands for the architecture where a task is trained by itself
@@ -107,11 +108,11 @@ ARCHS: dict[str, Callable[[Stages, Heads], MultiTaskModel]] = {
 
 
 def train(cell: Cell) -> Record:
-    """Train and score a cell; leaves the global generator alone."""
+    """Train and score a cell, in one thread; leaves the global generator alone."""
     data = problem(cell.problem, cell.seed)
     alone = cell.arch == ALONE
     tasks = {cell.rule: data.tasks[cell.rule]} if alone else data.tasks
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(cell.seed)
         make = ARCHS["HPS" if alone else cell.arch]
         model = make(data.stages, {name: data.head(name) for name in tasks})

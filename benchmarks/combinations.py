@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found also when this is run as a script
@@ -166,24 +165,22 @@ def _await(parent: BaseProcess) -> None:
 def _attempt(cell: Cell) -> Record | str:
     """Return the record of a cell, or why there is none: one cell must not end the others."""
     try:
-        with _alone():
+        with _quietly():
             return train(cell)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Use one thread, which is fastest for models this small; leave out remarks on single cells."""
-    log, n_threads = logging.getLogger("gradbal"), torch.get_num_threads()
+def _quietly() -> Iterator[None]:
+    """Leave out remarks on single cells."""
+    log = logging.getLogger("gradbal")
     level = log.level
     log.setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     try:
         yield
     finally:
         log.setLevel(level)
-        torch.set_num_threads(n_threads)
 
 
 def _line(record: Record) -> str:
