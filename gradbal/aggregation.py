@@ -1,17 +1,32 @@
 """A rule on a given Jacobian, without model or optimizer."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradbal.core import Core
-from gradbal.decision import MODEL, Policy, decide
-from gradbal.gram import combine, gram_matrix
+from gradbal import checks
+from gradbal.gram import HUGE, TINY, combine, gram_matrix, total_gram, total_vector
+from gradbal.learner import advance
 from gradbal.registry import make_rule
-from gradbal.rule import LossRule, Rule
-from gradbal.survey import Survey, survey, survey_losses
+from gradbal.rule import (
+    Context,
+    Direction,
+    GradientRule,
+    LossRule,
+    Probed,
+    Rule,
+    State,
+    WeightRule,
+    Weights,
+    mix,
+)
+from gradbal.state import new_state
+
+Elsewhere = Callable[[Tensor], tuple[Tensor, Tensor]]  # displacement [n] -> losses [m], rows [m, n]
 
 LEARNED_LR = 1e-3  # for rules that would take the model's learning rate
 
@@ -33,13 +48,12 @@ class Aggregation(NamedTuple):
     state: dict[str, Any]
 
 
-@torch.no_grad()
 def aggregate(
     jacobian: Tensor,
     rule: str | Rule = "upgrad",
     *,
     losses: Tensor | Sequence[float] | None = None,
-    more: Sequence[Tensor] = (),
+    more: Sequence[Tensor | Elsewhere] = (),
     state: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Aggregation:
@@ -49,15 +63,17 @@ def aggregate(
         jacobian: Task gradients as rows, shape ``[m, n]``, floating point.
         rule: A registered name or a rule.
         losses: Losses, shape ``[m]``, for rules that look at them.
-        more: Jacobians of further batches, for rules that take several.
+        more: Jacobians of further batches, for rules that take several. For rules that look at
+            the losses at other parameters also functions, from a displacement of the parameters,
+            shape ``[n]``, to losses, shape ``[m]``, and Jacobian there.
         state: What the last call returned; None for the first step.
-        generator: Source of randomness on the CPU; None for one that starts from seed 0 and goes
-            on in ``state``.
+        generator: Source of randomness on the CPU; None for one that depends on the number of
+            the step alone.
 
     Raises:
         TypeError: If ``jacobian`` is no floating-point tensor, or a loss no number.
-        ValueError: If a shape does not fit, losses are missing, or one of them or (for rules that
-            look at gradients) an entry is not finite.
+        ValueError: If a shape does not fit, losses are missing, one of them or (for rules that
+            look at gradients) an entry is not finite, or ``state`` belongs to another rule.
 
     Example:
         >>> jacobian = torch.tensor([[1.0, 0.0, 1.0], [-3.0, 1.0, 0.0]])
@@ -65,62 +81,162 @@ def aggregate(
         tensor([-0.7000,  0.6500,  1.2500])
     """
     rule = make_rule(rule)
-    values = _check(jacobian, rule, losses, more)
-    m = len(jacobian)
-    core = Core(rule, tasks=m, learner="adam", seed=0)
-    if state is not None:
-        core.load_state_dict(state)
-        core.number_tasks(None, m)
-    if generator is not None:
-        core.generator = generator
-        core.seed = int(torch.randint(2**62, (), generator=generator))
-    seen, tasks = _look(jacobian, rule, values), range(m)
-    if core.awaiting:
-        core.awaiting = set()
-        core.observe(tasks, seen.losses)
-        core.learn(rule.learned_lr or LEARNED_LR)
-    eps = torch.finfo(torch.promote_types(jacobian.dtype, torch.float32)).eps
-    rows = {MODEL: {0: jacobian}}
-    decision = decide(core, Policy(), tasks, {MODEL: tasks}, seen, eps, rows.__getitem__)
-    decision.commit(core)
-    core.learn(rule.learned_lr or LEARNED_LR)
-    if rule.observes:
-        core.awaiting = set(tasks)
-    _, ctx = decision.contexts[MODEL]
-    if decision.direction is not None:
-        return Aggregation(decision.direction[0], None, ctx.stats, core.state_dict())
-    weights = decision.shared[MODEL].to(jacobian.device)
-    direction = combine(jacobian, weights)
-    return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, core.state_dict())
+    jacobian, values = _check(jacobian, rule, losses, more)
+    found = [jacobian, *(rows.detach() for rows in more if isinstance(rows, Tensor))]
+    gram = None
+    if not isinstance(rule, LossRule):
+        gram, values = _host_gram(found), values.cpu()
+    ctx = _context(rule, jacobian, values, state, generator)
+    if isinstance(rule, GradientRule):
+        ctx.more = [[rows.detach()] if isinstance(rows, Tensor) else partial(rows) for rows in more]
+        ctx.probe = _probe
+        result = rule.direction([jacobian], [0], ctx)
+    elif gram is None:
+        result = _ask(rule, values, ctx)
+    else:
+        m = len(jacobian)
+        if more:
+            ctx.cross = gram.view(len(found), m, len(found), m).transpose(1, 2)
+        result = _ask(rule, gram[:m, :m], ctx)
+    kept = _kept(rule, ctx)
+    if isinstance(result, Weights):
+        result = result.shared
+    if isinstance(result, Tensor):
+        weights = result.to(jacobian.device)
+        direction = combine(jacobian, weights)
+        return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, kept)
+    shared = result.shared if isinstance(result, Direction) else result
+    return Aggregation(shared[0], None, ctx.stats, kept)
 
 
-def _look(jacobian: Tensor, rule: Rule, losses: Tensor) -> Survey:
-    """Bring what the rule looks at to where it looks.
+def _ask(rule: Rule, signal: Tensor, ctx: Context) -> Tensor | Weights:
+    if not isinstance(rule, WeightRule):
+        raise TypeError(f"{type(rule).__name__}: must be a LossRule, GramRule or GradientRule.")
+    return rule.weights(signal, ctx)
+
+
+def _host_gram(batches: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of all rows, on the host.
 
     Raises:
-        ValueError: If something is not finite.
+        ValueError: If an entry is not finite.
     """
-    if isinstance(rule, LossRule):
-        seen = survey_losses(losses, capturable=False)
-    else:
-        no_heads = torch.zeros_like(losses)
-        seen = survey(
-            lambda scaled: {MODEL: gram_matrix(jacobian, scaled=scaled)},
-            losses,
-            no_heads,
-            no_heads[0],
-            None,
-            capturable=False,
-        )
-    if seen.bad:
+    rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
+    gram = gram_matrix(rows).cpu()
+    squares = gram.diagonal().tolist()
+    if not all(TINY < square < HUGE for square in squares):
+        gram = gram_matrix(rows, scaled=True).cpu()
+        _check_finite(gram.diagonal().tolist())
+    return gram
+
+
+def _context(
+    rule: Rule,
+    jacobian: Tensor,
+    losses: Tensor,
+    state: Mapping[str, Any] | None,
+    generator: torch.Generator | None,
+) -> Context:
+    """Show the rule what it remembers, and the losses if it has waited for them."""
+    values = losses.tolist()
+    _check_finite(values)
+    if state is None:
+        state = {"step": 0, "tensors": _first(rule, losses), "buffers": {}}
+    elif state.get("rule") != rule.kind:
         raise ValueError(
-            f"aggregate: row or loss {seen.bad[0]} is not finite; every entry must be a number."
+            f"aggregate: `state` belongs to the rule {state.get('rule')}, this one is {rule.kind}; "
+            "pass None to start anew."
         )
-    return seen
+    elif state["tasks"] != len(values):
+        raise ValueError(
+            f"aggregate: `state` belongs to {state['tasks']} tasks, the Jacobian has {len(values)} "
+            "rows; pass None to start anew."
+        )
+    step, buffers = state["step"], dict(state["buffers"])
+    if generator is None:
+        seed, generator = 0, torch.Generator().manual_seed(mix(0, step))
+    else:
+        seed = int(torch.randint(2**62, (), generator=generator))
+    if isinstance(rule, GradientRule) and not buffers:
+        buffers = rule.buffers(jacobian)
+    ctx = Context(
+        losses=losses,
+        state={name: tensor.clone() for name, tensor in state["tensors"].items()},
+        generator=generator,
+        step=step,
+        seed=seed,
+        values=values,
+        names=tuple(map(str, range(len(values)))),
+        eps=_EPS[jacobian.dtype],
+        lr=rule.learned_lr or LEARNED_LR,
+        buffers=[buffers],
+        gram=_gram_of,
+        total=_total_of,
+    )
+    if rule.sees_absent:
+        ctx.present = torch.arange(len(values), device=losses.device)
+    if step and rule.observes:
+        rule.observe(losses, ctx)
+        _learn(rule, ctx)
+    return ctx
 
 
-def _check(jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[Tensor]) -> Tensor:
-    """Check the arguments and return the losses, shape ``[m]``, float64."""
+def _first(rule: Rule, losses: Tensor) -> State:
+    """Return the rule's tensors as they are at first."""
+    return new_state(rule, rule.learner or "adam", len(losses), losses.device)
+
+
+def _learn(rule: Rule, ctx: Context) -> None:
+    """Step what the rule learns."""
+    for name, slope in ctx.slopes.items():
+        moving = torch.ones_like(slope, dtype=torch.bool)
+        advance(ctx.state, name, slope, moving, ctx.lr, rule.learner or "adam")
+    ctx.slopes = {}
+
+
+def _kept(rule: Rule, ctx: Context) -> dict[str, Any]:
+    """Return what the next call needs."""
+    _learn(rule, ctx)
+    return {
+        "rule": rule.kind,
+        "tasks": len(ctx.losses),
+        "step": ctx.step + 1,
+        "tensors": ctx.state,
+        "buffers": ctx.buffers[0],
+    }
+
+
+def _probe(
+    direction: Sequence[Tensor],
+    lr: float | Tensor,
+    closure: Callable[..., Any],
+    weights: Tensor | None = None,
+) -> Probed:
+    """Ask the user's function for losses and gradients at other parameters."""
+    losses, rows = closure(-lr * direction[0])
+    rows = rows if weights is None else weights.to(rows) @ rows
+    return Probed(losses.double(), [rows])
+
+
+_gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
+_EPS = {
+    dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+def _check_finite(numbers: Sequence[float]) -> None:
+    for i, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(
+                f"aggregate: row or loss {i} is not finite; every entry must be a number."
+            )
+
+
+def _check(
+    jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[object]
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments; return Jacobian and losses, shape ``[m]``, float64, without graph."""
     if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
         kind = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
         raise TypeError(f"aggregate: `jacobian` must be a floating-point tensor, got {kind}.")
@@ -129,18 +245,20 @@ def _check(jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[Tensor]) ->
             "aggregate: `jacobian` must have shape [m, n], one row per task, "
             f"got {list(jacobian.shape)}."
         )
-    if more:
-        raise ValueError(
-            f"aggregate: {type(rule).__name__} takes one batch, got {len(more) + 1}; leave "
-            "`more` out."
-        )
+    checks.batches("aggregate", rule, rule.batches, len(more) + 1, "`more` holds the further ones")
+    for rows in more:
+        if isinstance(rows, Tensor) and rows.shape != jacobian.shape:
+            raise ValueError(
+                f"aggregate: every Jacobian in `more` must have shape {list(jacobian.shape)}, "
+                f"got {list(rows.shape)}."
+            )
     if losses is None:
         if rule.needs_losses:
             raise ValueError(
                 f"aggregate: {type(rule).__name__} looks at the losses; pass `losses=`, one per "
                 "row."
             )
-        return jacobian.new_ones(len(jacobian), dtype=torch.float64)
+        return jacobian.detach(), jacobian.new_ones(len(jacobian), dtype=torch.float64)
     try:
         values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -151,4 +269,4 @@ def _check(jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[Tensor]) ->
         raise ValueError(
             f"aggregate: `losses` must have shape [{len(jacobian)}], got {list(values.shape)}."
         )
-    return values
+    return jacobian.detach(), values.detach()

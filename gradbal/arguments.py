@@ -93,7 +93,7 @@ class Options:
 
     def _check_rule(self, rule: Rule, engine: Engine) -> None:
         name = type(rule).__name__
-        elementwise = isinstance(rule, GradientRule)
+        elementwise = isinstance(rule, GradientRule) and not rule.weighted
         refused = {
             "`update_every` > 1": elementwise and self.update_every > 1,
             '`heads="weighted"`': elementwise and self.heads == "weighted",
@@ -104,6 +104,8 @@ class Options:
                     f"{OWNER}: {name} works entry by entry and has no weights, so {what} cannot "
                     "be; choose a rule with weights or leave the option out."
                 )
+        if isinstance(rule, GradientRule):
+            self._check_gradient_rule(rule, engine)
         if self.groups == "model":
             return
         if isinstance(rule, LossRule):
@@ -111,7 +113,7 @@ class Options:
                 f"{OWNER}: {name} looks at the losses alone, so `groups` would change nothing; "
                 "leave it out."
             )
-        if "weighted" in (self.heads, self.heads or rule.heads):
+        if (self.heads or rule.heads) != "plain":
             raise ValueError(
                 f"{OWNER}: with `groups` a task has several weights and its head cannot take one; "
                 'pass heads="plain".'
@@ -127,12 +129,37 @@ class Options:
                 "engine, such as Sequential."
             )
 
-    def refuse_more(self, rule: Rule, more: Sequence[object]) -> None:
-        """Raise if there are losses of several batches for a rule that takes one."""
-        if more:
+    def _check_gradient_rule(self, rule: GradientRule, engine: Engine) -> None:
+        name, looks = type(rule).__name__, isinstance(engine, Representation)
+        if looks and rule.buffers(torch.zeros(2, 1)):
             raise ValueError(
-                f"{OWNER}: {type(rule).__name__} takes the losses of one batch, got those of "
-                f"{len(more) + 1}; leave the others out."
+                f"{OWNER}: {name} keeps a gradient of every task from step to step, and those at a "
+                "representation belong to the inputs of one batch; choose another engine, such as "
+                "Sequential."
+            )
+        if rule.probes and (looks or self.groups != "model" or self.capturable):
+            raise ValueError(
+                f"{OWNER}: {name} looks at the losses at other parameters, all of them, so an "
+                "engine for representations, `groups` and `capturable` cannot be; leave them out."
+            )
+
+    def check_more(self, rule: Rule, more: Sequence[object], piecewise: bool) -> None:
+        """Raise if the losses come from more or fewer batches than the rule can take.
+
+        Args:
+            rule: The rule.
+            more: The further batches.
+            piecewise: Whether the first batch comes in pieces.
+        """
+        remedy = "leave the others out"
+        if len(more) + 1 < min(rule.batches):
+            closures = getattr(rule, "probes", False)
+            what = "functions that return their losses" if closures else "their losses"
+            remedy = f"pass {what} after those of the first"
+        checks.batches(OWNER, rule, rule.batches, len(more) + 1, remedy)
+        if more and piecewise:
+            raise ValueError(
+                f"{OWNER}: several batches cannot be accumulated in pieces; pass them whole."
             )
 
     def check_closure(

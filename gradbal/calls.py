@@ -27,6 +27,7 @@ class Call:
         fresh: Replace ``.grad`` instead of adding to it.
         hold: Remember the weights, because the losses will be evaluated again in this step.
         replay: Use the weights that were held.
+        more: Losses of further batches, or closures that return them.
     """
 
     aux: AuxLosses | None = None
@@ -36,6 +37,7 @@ class Call:
     fresh: bool = False
     hold: bool = False
     replay: bool = False
+    more: Sequence[Any] = ()
 
     @cached_property
     def aux_batch(self) -> Batch | None:

@@ -11,6 +11,7 @@ from gradbal.registry import RULES, make_rule
 from gradbal.rule import (
     Claim,
     Context,
+    Direction,
     GradientRule,
     GramRule,
     LossRule,
@@ -91,6 +92,11 @@ class Chain(Rule):
         return f"{type(self).__name__}({parts})"
 
     @property
+    def kind(self) -> str:
+        parts = (type(self), *map(type, self.transforms))
+        return " of ".join([*(part.__name__ for part in parts), self.rule.kind])
+
+    @property
     def claims(self) -> frozenset[Claim]:
         """What the chain promises."""
         entries = (entry for entry in RULES.values() if entry.rule is type(self.rule))
@@ -168,7 +174,7 @@ class GradientChain(Chain, GradientRule):
 
     def direction(
         self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor] | Direction | Tensor | Weights:
         for transform in self.transforms:
             sizes = transform.sizes(torch.ones_like(ctx.losses), ctx)
             if sizes is not None:

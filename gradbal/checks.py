@@ -54,6 +54,16 @@ def one_of(owner: object, choices: Collection[Any], **values: object) -> None:
             raise ValueError(f"{_owner(owner)}: `{name}` must be one of {listed}, got {value!r}.")
 
 
+def batches(owner: object, rule: object, allowed: Sequence[int], count: int, remedy: str) -> None:
+    """Raise ``ValueError`` unless a rule can take losses from this many batches."""
+    if count not in allowed:
+        numbers = " or ".join(map(str, allowed))
+        plural = "batch" if numbers == "1" else "batches"
+        raise ValueError(
+            f"{_owner(owner)}: {_owner(rule)} takes {numbers} {plural}, got {count}; {remedy}."
+        )
+
+
 def square(**matrices: Tensor) -> None:
     """Raise ``ValueError`` unless every tensor has shape ``[m, m]``."""
     for name, matrix in matrices.items():

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gradbal import __version__
-from gradbal.core import Core
+from gradbal.aggregation import aggregate
 from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
 from gradbal.demo.settings import Settings
 from gradbal.registry import RULES, Entry, make_rule
-from gradbal.rule import GradientRule, GramRule, LossRule, Rule, WeightRule, Weights
+from gradbal.rule import GradientRule, GramRule, LossRule, Rule
 
 Rows = Sequence[tuple[str, ...]]
 JACOBIAN = [[4.0, 0.0, 1.0, 0.0], [-1.0, 2.0, 0.0, 0.5], [-1.0, -3.0, 0.5, 1.0]]  # all conflict
@@ -112,8 +112,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     rule, year = make_rule(entry.name), str(entry.year or "")
     paper = entry.paper if year in entry.paper else f"{entry.paper}, {year}"
     answers = [_answer(rule, seed) for seed in range(SEEDS)]
-    random = any(not torch.equal(answers[0][0], shared) for shared, _ in answers)
-    heads = "own" if answers[0][1] else rule.heads
+    random = any(not torch.equal(answers[0], answer) for answer in answers)
     return (
         entry.name,
         paper,
@@ -121,7 +120,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         _keeps(rule),
         "yes" if random else "-",
         rule.scale,
-        heads,
+        rule.heads,
     )
 
 
@@ -142,23 +141,17 @@ def _keeps(rule: Rule) -> str:
     return f"{kept}, sees the losses after the step" if observes else kept
 
 
-def _answer(rule: Rule, seed: int) -> tuple[Tensor, bool]:
-    """Ask a rule about three tasks in conflict.
+def _answer(rule: Rule, seed: int) -> Tensor:
+    """Return what a rule makes of three tasks in conflict."""
+    jacobian, losses = torch.tensor(JACOBIAN, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])
 
-    Returns:
-        Its weights, or its direction, and whether it gives weights of their own to heads.
-    """
-    jacobian = torch.tensor(JACOBIAN, dtype=torch.float64)
-    losses = [1.0, 2.0, 3.0]
-    core = Core(rule, tasks=len(losses), learner="adam", seed=seed)
-    values = torch.tensor(losses, dtype=torch.float64)
-    ctx = core.context("model", range(len(losses)), values, values=losses)
-    if isinstance(rule, GradientRule):
-        return rule.direction([jacobian], [0], ctx)[0], False
-    if not isinstance(rule, WeightRule):
-        raise TypeError(f"{type(rule).__name__}: must be a LossRule, GramRule or GradientRule.")
-    answer = rule.weights(values if isinstance(rule, LossRule) else jacobian @ jacobian.T, ctx)
-    return (answer.shared, True) if isinstance(answer, Weights) else (answer, False)
+    def elsewhere(shift: Tensor) -> tuple[Tensor, Tensor]:
+        return losses, jacobian
+
+    probes = isinstance(rule, GradientRule) and rule.probes
+    more = [elsewhere if probes else jacobian] * (min(rule.batches) - 1)
+    generator = torch.Generator().manual_seed(seed)
+    return aggregate(jacobian, rule, losses=losses, more=more, generator=generator).direction
 
 
 def plain_table(rows: Rows) -> str:

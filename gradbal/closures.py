@@ -1,6 +1,7 @@
 """Evaluating the losses once more after a step, leaving no trace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,15 @@ def is_losses(result: object) -> bool:
 
 
 def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Tensor]]:
-    """Evaluate the losses under ``no_grad``, then put random numbers and buffers back.
+    """Evaluate the losses under ``no_grad``, leaving no trace."""
+    with undisturbed(), torch.no_grad():
+        names, losses = named_losses(closure())
+        return names, [loss.detach().clone() for loss in losses]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put random numbers and buffers back afterwards.
 
     Buffers (running statistics, counters) are saved as the forward pass comes to a module, with
     those of its parts, so the model need not be known.
@@ -60,15 +69,15 @@ def losses_after(closure: Callable[[], Any]) -> tuple[list[str] | None, list[Ten
 
     handle = register_module_forward_pre_hook(save)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
-            names, losses = named_losses(closure())
-            return names, [loss.detach().clone() for loss in losses]
+        with torch.random.fork_rng(devices=_devices()):
+            yield
     finally:
         handle.remove()
-        for module, buffers in saved.items():
-            for name, (buffer, old) in buffers.items():
-                setattr(module, name, buffer)
-                buffer.copy_(old)
+        with torch.no_grad():
+            for module, buffers in saved.items():
+                for name, (buffer, old) in buffers.items():
+                    setattr(module, name, buffer)
+                    buffer.copy_(old)
 
 
 def _devices() -> list[int]:

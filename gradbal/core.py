@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from gradbal.learner import advance
-from gradbal.rule import Context, Rule, State
-from gradbal.state import grown, merged, new_state, part, per_task_options, task_axes
+from gradbal.rule import Context, GradientRule, Rule, State
+from gradbal.state import (
+    grown,
+    grown_rows,
+    merged,
+    new_state,
+    part,
+    per_task_options,
+    row_axes,
+    some_rows,
+    task_axes,
+)
 from gradbal.tasks import announced_tasks, known_tasks
-from gradbal.trees import cloned, kinds, merged_sums, shallow
+from gradbal.trees import cloned, merged_sums, shallow
 
 VERSION = 1
 Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
@@ -19,7 +29,7 @@ Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
 _KEYS = {"version", "rule", "tasks", "step", "generator", "state", "pending", "choice"}
 _MUTABLE = (
     *("names", "numbered", "sets", "solved", "skipped", "age", "epoch", "state", "held"),
-    *("slopes", "decided", "awaiting", "rows", "losses", "aux", "choice"),
+    *("slopes", "decided", "awaiting", "rows", "losses", "aux", "choice", "buffers"),
 )
 
 
@@ -43,6 +53,7 @@ class Core:
         epoch: How often the user marked the end of an epoch, 0-dim.
         generator: The only source of randomness.
         state: The rule's tensors, by group and name.
+        buffers: The rule's tensors for each parameter, by parameter and name.
         held: Weights of the last solve, for steps that reuse them.
         slopes: Gradients of learned tensors that the next step will apply.
         decided: Tasks of the last solve, until the step that uses it.
@@ -59,6 +70,7 @@ class Core:
         self.rule, self.seed = rule, seed
         self.learner = rule.learner or learner
         self.axes = task_axes(rule, self.learner)
+        self.row_axes = row_axes(rule)
         self.names: list[str] = []
         self.numbered = False
         self.sets: dict[int, int] = {}
@@ -66,6 +78,7 @@ class Core:
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.generator = torch.Generator().manual_seed(seed)
         self.state: dict[str, State] = {}
+        self.buffers: dict[int, State] = {}
         self.held: dict[str, Any] = {}
         self.slopes: dict[str, State] = {}
         self.decided: set[int] = set()
@@ -100,6 +113,9 @@ class Core:
         for group, state in self.state.items():
             device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
             self.state[group] = grown(state, self._new_state(len(names), device))
+        self.buffers = {
+            n: grown_rows(b, self.row_axes, len(names)) for n, b in self.buffers.items()
+        }
         self.held = {}
         self.names = names
 
@@ -122,9 +138,11 @@ class Core:
         self.epoch = self.epoch.to(device)
         if known.get("capturable") and self.generator.device.type != device.type:
             self.generator = torch.Generator(device).manual_seed(self.seed)
-        some = self._some(tasks)
+        some = self._seen(tasks)
+        present = torch.tensor(tasks, device=device) if self.rule.sees_absent else None
         return Context(
             losses=losses,
+            present=present,
             state={n: part(t, self.axes[n], some) for n, t in self.state[group].items()},
             generator=self.generator,
             step=self.solved,
@@ -134,9 +152,36 @@ class Core:
             **known,
         )
 
-    def commit(self, group: str, tasks: Sequence[int], ctx: Context) -> None:
+    def buffers_for(self, grads: Mapping[int, Tensor], tasks: Sequence[int]) -> list[State]:
+        """Show the rule what it keeps for these parameters, for the tasks at hand.
+
+        Args:
+            grads: Task gradients, by parameter, shape ``[m, *shape]``.
+            tasks: Numbers of the tasks.
+        """
+        if not self.row_axes or not isinstance(self.rule, GradientRule):
+            return []
+        some, count = self._seen(tasks), len(self.names)
+        for number, rows in grads.items():
+            if number not in self.buffers:
+                like = rows.new_empty((1, *rows.shape[1:])).expand(count, *rows.shape[1:])
+                self.buffers[number] = self.rule.buffers(like)
+        return [
+            {name: some_rows(t, self.row_axes[name], some) for name, t in self.buffers[n].items()}
+            for n in grads
+        ]
+
+    def commit(
+        self, group: str, tasks: Sequence[int], ctx: Context, parameters: Sequence[int] = ()
+    ) -> None:
         """Keep what a rule has changed, and the gradients of what it learns."""
-        state, some = self.state[group], self._some(tasks)
+        state, some = self.state[group], self._seen(tasks)
+        for number, rows in zip(parameters, ctx.buffers, strict=False):
+            kept = self.buffers[number]
+            self.buffers[number] = {
+                name: merged(old, rows[name], self.row_axes[name], some)
+                for name, old in kept.items()
+            }
         for name, new in ctx.state.items():
             state[name] = merged(state[name], new, self.axes[name], some)
         for name, slope in ctx.slopes.items():
@@ -167,7 +212,10 @@ class Core:
         """Forget what waits for a step that will not come."""
         self.slopes, self.decided = {}, set()
 
-    def _some(self, tasks: Sequence[int]) -> Sequence[int] | None:
+    def _seen(self, tasks: Sequence[int]) -> Sequence[int] | None:
+        """Return these tasks if the rule sees a part of its tensors, None if it sees them whole."""
+        if self.rule.sees_absent:
+            return None
         return None if list(tasks) == list(range(len(self.names))) else tasks
 
     def put_aside(
@@ -192,7 +240,7 @@ class Core:
 
     def renumber(self, moved: Mapping[int, int]) -> None:
         """Follow parameters that have another number now, and forget those that have none."""
-        for name in ("sets", "rows", "aux"):
+        for name in ("sets", "rows", "aux", "buffers"):
             old = getattr(self, name)
             setattr(self, name, {moved[n]: kept for n, kept in old.items() if n in moved})
 
@@ -228,14 +276,15 @@ class Core:
         """Return everything needed to go on as if nothing had happened."""
         tasks = {"names": self.names, "numbered": self.numbered, "sets": self.sets}
         step = {"solved": self.solved, "skipped": self.skipped, "age": self.age}
-        state = {"groups": self.state, "held": self.held, "slopes": self.slopes}
+        state = {"groups": self.state, "buffers": self.buffers}
+        state |= {"held": self.held, "slopes": self.slopes}
         pending = {"rows": self.rows, "losses": self.losses, "aux": self.aux}
         waiting = {"decided": sorted(self.decided), "awaiting": sorted(self.awaiting)}
         device = str(self.generator.device)
         generator = {"seed": self.seed, "device": device, "state": self.generator.get_state()}
         return {
             "version": VERSION,
-            "rule": repr(self.rule),
+            "rule": self.rule.kind,
             "tasks": cloned(tasks),
             "step": {**step, "epoch": self.epoch.clone()},
             "generator": generator,
@@ -267,7 +316,7 @@ class Core:
                 "missing; torch.distributed.checkpoint fills only what is there, so take one step "
                 "before loading, or use torch.save."
             )
-        theirs, ours = kinds(state_dict["rule"]), kinds(repr(self.rule))
+        theirs, ours = state_dict["rule"], self.rule.kind
         if theirs != ours:
             raise ValueError(
                 f"Checkpoint: holds the state of the rule {theirs}, this optimizer has {ours}; "
@@ -289,7 +338,8 @@ class Core:
         self.epoch, self.seed = step["epoch"], generator["seed"]
         self.generator = torch.Generator(generator["device"])
         self.generator.set_state(generator["state"].cpu())
-        self.state, self.held, self.slopes = state["groups"], state["held"], state["slopes"]
+        self.state, self.buffers = state["groups"], state["buffers"]
+        self.held, self.slopes = state["held"], state["slopes"]
         self.rows, self.losses, self.aux = pending["rows"], pending["losses"], pending["aux"]
         self.decided, self.awaiting = set(pending["decided"]), set(pending["awaiting"])
         self.choice = loaded["choice"]

@@ -2,13 +2,26 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradbal.core import Core
+from gradbal.gram import total_gram, total_vector
 from gradbal.record import StepRecord
-from gradbal.rule import Context, GradientRule, LossRule, Rule, WeightRule, Weights
+from gradbal.rule import (
+    Closure,
+    Context,
+    Direction,
+    GradientRule,
+    LossRule,
+    Probed,
+    Rule,
+    WeightRule,
+    Weights,
+    no_probe,
+)
 from gradbal.survey import Survey
 
 MODEL = "model"  # the group of everything
@@ -26,6 +39,7 @@ class Decision:
         direction: For elementwise rules the direction itself, by parameter.
         grams: The Gram matrix of each group, over the tasks that reach it.
         contexts: For each group the numbers of these tasks and the context to commit.
+        parameters: For each group those whose gradients an elementwise rule has seen.
         reused: Whether the rule was not asked.
     """
 
@@ -34,6 +48,7 @@ class Decision:
     direction: dict[int, Tensor] | None = None
     grams: dict[str, Tensor] = field(default_factory=dict)
     contexts: dict[str, tuple[list[int], Context]] = field(default_factory=dict)
+    parameters: dict[str, list[int]] = field(default_factory=dict)
     reused: bool = False
 
     @property
@@ -47,7 +62,7 @@ class Decision:
             core.age += 1
             return
         for group, (tasks, ctx) in self.contexts.items():
-            core.commit(group, tasks, ctx)
+            core.commit(group, tasks, ctx, self.parameters.get(group, ()))
         core.solved += bool(self.contexts)
         core.age = 0
 
@@ -99,6 +114,45 @@ class Policy:
             return shared, heads
         return shared, shared if (self.heads or rule.heads) == "weighted" else None
 
+    def split_direction(
+        self,
+        rule: Rule,
+        result: Sequence[Tensor] | Direction,
+        n_tasks: int,
+        scale: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return a direction brought to length, and the weights on heads or None for plain."""
+        shared, heads = result if isinstance(result, Direction) else (result, None)
+        factor = self.factor(rule, n_tasks)
+        if scale is not None:
+            shared = [part * (factor * scale) for part in shared]
+        elif factor != 1:
+            shared = [part * factor for part in shared]
+        return shared, None if self.heads == "plain" else heads
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a rule may look at beside Gram matrices and losses.
+
+    Attributes:
+        eps: Relative rounding error of the Gram matrices.
+        rows: Gives the task gradients of a group, by parameter, for gradient rules.
+        scale: Factor by which these were multiplied.
+        n_batches: Number of batches whose task gradients are there.
+        more: A closure, or None for task gradients, for each batch after the first.
+        probe: Looks at the losses of a closure at other parameters, given the group's.
+        lr: Learning rate of what the rule learns.
+    """
+
+    eps: float = torch.finfo(torch.float64).eps
+    rows: Rows | None = None
+    scale: Tensor | None = None
+    n_batches: int = 1
+    more: Sequence[Closure | None] = ()
+    probe: Callable[..., Probed] = no_probe
+    lr: float | Tensor = 0.0
+
 
 def decide(
     core: Core,
@@ -106,9 +160,7 @@ def decide(
     tasks: Sequence[int],
     members: Mapping[str, Sequence[int]],
     seen: Survey,
-    eps: float = torch.finfo(torch.float64).eps,
-    rows: Rows | None = None,
-    scale: Tensor | None = None,
+    sight: Sight = Sight(),  # frozen
 ) -> Decision:
     """Ask the rule, once for each group.
 
@@ -118,9 +170,7 @@ def decide(
         tasks: Numbers of the present tasks.
         members: For each group the positions of the tasks that reach it.
         seen: Gram matrices and losses.
-        eps: Relative rounding error of the Gram matrices.
-        rows: Gives the task gradients of a group, by parameter, for elementwise rules.
-        scale: Factor by which these were multiplied.
+        sight: What else the rule may look at.
     """
     rule, decision = core.rule, Decision()
     if not isinstance(rule, WeightRule | GradientRule):
@@ -129,28 +179,38 @@ def decide(
         members = {MODEL: range(len(tasks))}
     for group, positions in members.items():
         part = _Part(tasks, positions, seen.losses.device)
-        numbers = [tasks[i] for i in positions]
         ctx = core.context(
             group,
-            numbers,
+            part.numbers,
             part.pick(seen.losses),
             values=None if seen.values is None else [seen.values[i] for i in positions],
             capturable=policy.capturable,
-            eps=eps,
+            eps=sight.eps,
+            lr=sight.lr,
         )
-        decision.contexts[group] = (numbers, ctx)
+        decision.contexts[group] = (part.numbers, ctx)
         if group in seen.grams:
-            decision.grams[group] = part.pick_square(seen.grams[group])
+            blocks = part.pick_square(_by_batch(seen.grams[group], sight.n_batches))
+            ctx.cross = blocks if sight.n_batches > 1 else None
+            decision.grams[group] = blocks[0, 0]
         if isinstance(rule, GradientRule):
-            found = _direct(rule, part, rows(group) if rows else {}, ctx, scale, policy)
-            decision.direction = {**(decision.direction or {}), **found}
-            continue
-        signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
-        shared, heads = policy.split(rule, rule.weights(signal, ctx))
-        decision.shared[group] = part.spread(shared, 0.0)
-        if heads is shared and part.whole:
-            decision.heads = decision.shared[group]
-        elif heads is not None:
+            stacks = sight.rows(group) if sight.rows else {}
+            decision.parameters[group] = list(stacks)
+            result = _ask(rule, part, stacks, core, ctx, sight)
+        else:
+            signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
+            result = rule.weights(signal, ctx)
+        if isinstance(result, Tensor | Weights):
+            shared, heads = policy.split(rule, result)
+            decision.shared[group] = part.spread(shared, 0.0)
+            if heads is shared and part.whole:
+                decision.heads = decision.shared[group]
+                continue
+        else:
+            found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
+            pairs = zip(decision.parameters[group], found, strict=True)
+            decision.direction = {**(decision.direction or {}), **dict(pairs)}
+        if heads is not None:
             decision.heads = part.spread(heads, 1.0)
     return decision
 
@@ -191,6 +251,7 @@ class _Part:
     device: torch.device
 
     def __post_init__(self) -> None:
+        self.numbers = [self.tasks[i] for i in self.positions]
         self.whole = len(self.positions) == len(self.tasks)
         self.index = None if self.whole else torch.tensor(self.positions, device=self.device)
 
@@ -198,7 +259,7 @@ class _Part:
         return vector if self.index is None else vector[self.index]
 
     def pick_square(self, matrix: Tensor) -> Tensor:
-        return matrix if self.index is None else matrix[self.index[:, None], self.index]
+        return matrix if self.index is None else matrix[..., self.index[:, None], self.index]
 
     def spread(self, vector: Tensor, default: float) -> Tensor:
         if self.index is None:
@@ -206,19 +267,30 @@ class _Part:
         return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
 
 
-def _direct(
+def _by_batch(gram: Tensor, n_batches: int) -> Tensor:
+    """View inner products over the tasks of every batch in turn as ``[b, b, m, m]``."""
+    m = len(gram) // n_batches
+    return gram.view(n_batches, m, n_batches, m).transpose(1, 2)
+
+
+def _ask(
     rule: GradientRule,
     part: _Part,
     stacks: Mapping[int, Tensor],
+    core: Core,
     ctx: Context,
-    scale: Tensor | None,
-    policy: Policy,
-) -> dict[int, Tensor]:
-    """Ask an elementwise rule, which must not see the factor on the gradients."""
-    grads = [part.pick(stack) for stack in stacks.values()]
-    length: Tensor | int = policy.factor(rule, len(part.positions))
-    if scale is not None:
-        grads = [grad / scale for grad in grads]
-        length = length * scale
-    directions = rule.direction(grads, list(stacks), ctx)
-    return {n: d * length for n, d in zip(stacks, directions, strict=True)}
+    sight: Sight,
+) -> Sequence[Tensor] | Direction | Tensor | Weights:
+    """Ask a gradient rule, which must not see the factor on the gradients."""
+    m = len(part.tasks)
+    whole = [stack if sight.scale is None else stack / sight.scale for stack in stacks.values()]
+    batches = [
+        [part.pick(stack[m * b : m * b + m]) for stack in whole] for b in range(sight.n_batches)
+    ]
+    grads, further = batches[0], iter(batches[1:])
+    ctx.more = [next(further) if closure is None else closure for closure in sight.more]
+    ctx.gram = partial(total_gram, host=not ctx.capturable)
+    ctx.total = partial(total_vector, host=not ctx.capturable)
+    ctx.probe = partial(sight.probe, list(stacks))
+    ctx.buffers = core.buffers_for(dict(zip(stacks, grads, strict=True)), part.numbers)
+    return rule.direction(grads, list(stacks), ctx)

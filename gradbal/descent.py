@@ -17,7 +17,7 @@ from gradbal.graph import Plan, make_plan, members, several
 from gradbal.heads import Heads, Sink, descend
 from gradbal.losses import Batch
 from gradbal.representation import boundary, check_marks, gram_only, watch
-from gradbal.sinks import Aside, GramOnly, Keep
+from gradbal.sinks import Aside, Further, GramOnly, Keep
 from gradbal.task_gradients import TaskGradients
 
 log = logging.getLogger("gradbal")
@@ -32,6 +32,7 @@ class Descent:
         shared: Parameters to treat as shared; None to find them.
         groups: How shared parameters are grouped.
         norms_only: Whether the rule looks at the lengths of task gradients alone.
+        everything: Treat all parameters as shared.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Descent:
         groups: Groups,
         *,
         norms_only: bool = False,
+        everything: bool = False,
     ) -> None:
         self.base, self.engine, self.groups = base, engine, groups
+        self.everything = everything
         self.crossing = engine.crossing()
         self.keep = Keep()
         self.params: list[Tensor] = []
@@ -53,7 +56,8 @@ class Descent:
         self.walked = self.hidden = self.foreign = False
         self.shared: set[int] | None = None
         self.refresh()
-        self.shared = None if shared is None else numbers_in(shared, self.index)
+        if shared is not None and not everything:
+            self.shared = numbers_in(shared, self.index)
         assign_groups(groups, (), self.index)  # raises now if a group names strangers
         modules = engine.modules if isinstance(engine, Representation) else ()
         self.n_modules = len(modules)
@@ -77,7 +81,9 @@ class Descent:
         self.index = {id(param): number for number, param in enumerate(params)}
         self.keep, self.grouped = Keep(), {}
         moved = {n: self.index[id(p)] for n, p in enumerate(old) if id(p) in self.index}
-        if self.shared is not None:
+        if self.everything:
+            self.shared = set(self.index.values())
+        elif self.shared is not None:
             self.shared = {moved[number] for number in self.shared if number in moved}
         return moved
 
@@ -124,6 +130,7 @@ class Descent:
         *,
         at_cut: bool = False,
         retain_graph: bool = False,
+        further: Sequence[tuple[Plan, Batch]] = (),
     ) -> TaskGradients:
         """Compute the task gradients, down to the parameters or only to the cut.
 
@@ -135,8 +142,10 @@ class Descent:
             n_rows: Number of tasks that may ever be present.
             at_cut: Stay at the cut, whatever the engine.
             retain_graph: Keep the graph.
+            further: Plans and losses of further batches with the same tasks.
         """
         heads, shared = Heads(), self.shared_numbers(known)
+        m, n_batches = len(batch.tasks), 1 + len(further)
         sink: Keep | GramOnly
         if at_cut or isinstance(self.engine, Representation):
             sink = gram_only(plan, len(self.params), pool=self.pool and not at_cut)
@@ -148,10 +157,17 @@ class Descent:
                 sink.held.append(cotangent.values)
         else:
             sink = self.keep
-            sink.open(self.params, self._group(shared), plan.sparse, n_rows, len(batch.tasks))
-            self._cross(plan, batch.seeds(scale), heads, sink, retain_graph)
+            sparse = plan.sparse.union(*(other.sparse for other, _ in further))
+            group = self._group(shared)
+            sink.open(self.params, group, sparse, n_rows * n_batches, m * n_batches)
+            self._cross(plan, batch.seeds(scale), heads, sink, retain_graph or bool(further))
+            for place, (other, losses) in enumerate(further, 1):
+                keep = retain_graph or place < len(
+                    further
+                )  # batches may come from one forward pass
+                self._cross(other, losses.seeds(scale), Heads(), Further(sink, place * m), keep)
             sink.close()
-        return self._collected(batch.tasks, heads, sink, plan.reached, shared)
+        return self._collected(batch.tasks, heads, sink, plan.reached, shared, n_batches)
 
     def rows(
         self, plan: Plan, batch: Batch, scale: Tensor | None, *, retain_graph: bool
@@ -270,6 +286,7 @@ class Descent:
         sink: Keep | GramOnly,
         reached: Mapping[int, int],
         shared: set[int],
+        n_batches: int = 1,
     ) -> TaskGradients:
         """Add which tasks reach which group."""
         sets: dict[str, int] = {}
@@ -278,7 +295,8 @@ class Descent:
             sets[group] = sets.get(group, 0) | reached[number]
         position = {task: i for i, task in enumerate(tasks)}
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
-        return TaskGradients(tasks, heads, sink, dict(sorted(found.items())), self._eps(shared))
+        groups = dict(sorted(found.items()))
+        return TaskGradients(tasks, heads, sink, groups, self._eps(shared), n_batches)
 
     def _eps(self, shared: set[int]) -> float:
         double = all(self.params[number].dtype == torch.float64 for number in shared)

@@ -1,6 +1,8 @@
 """The way of the data: from losses to ``.grad``, in one place."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,16 @@ from gradbal.calls import (
     replacing_grads,
 )
 from gradbal.core import Core
-from gradbal.decision import MODEL, Decision, decide, hold, reuse
+from gradbal.decision import MODEL, Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
 from gradbal.heads import largest_entry
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
+from gradbal.probe import probe
 from gradbal.record import StepRecord
-from gradbal.rule import LossRule
+from gradbal.rule import Closure, LossRule
 from gradbal.survey import Survey, survey_losses
 
 
@@ -60,8 +63,10 @@ class Flow:
             if decision is not None and decision.in_one_pass and not core.rows:
                 return self._pass_once(batch, decision, scale, call, undo)
             at_cut = decision is not None and not core.rows
+            further = [] if decision is not None else self._read_more(batch, call)
             with record_function("gradbal::jacobian"), explaining_donation():
-                found = gather(self.descent, core, batch, scale, call, at_cut=at_cut)
+                others = [more for more in further if isinstance(more, Batch)]
+                found = gather(self.descent, core, batch, scale, call, others, at_cut=at_cut)
             if found is None:
                 return False
             with record_function("gradbal::gram"):
@@ -69,7 +74,7 @@ class Flow:
             if seen.bad and options.stops_at_nonfinite(call.scaler):
                 return self._refuse(seen.what, seen.bad, found.tasks, call, undo)
             with record_function("gradbal::solve"):
-                decision = decision or self._decide(found, seen, scale)
+                decision = decision or self._decide(found, seen, scale, further)
             with record_function("gradbal::write_grad"):
                 finite = self._write(found, decision, call)
             if not finite:
@@ -105,23 +110,29 @@ class Flow:
             held = decide(core, options.policy, batch.tasks, {}, seen)
         return held, []
 
-    def _decide(self, found: Gathered, seen: Survey, scale: Tensor | None) -> Decision:
+    def _decide(
+        self,
+        found: Gathered,
+        seen: Survey,
+        scale: Tensor | None,
+        further: Sequence[Batch | Closure],
+    ) -> Decision:
         """Ask the rule; a gradient that is not finite and is to pass gets plain weights."""
         gradients = found.gradients
         if seen.bad:
             ones = torch.ones_like(seen.losses)
             return Decision(dict.fromkeys(gradients.members, ones), reused=True)
         self.learning.show(found.tasks, seen.losses)
-        return decide(
-            self.core,
-            self.options.policy,
-            found.tasks,
-            gradients.members,
-            seen,
+        sight = Sight(
             gradients.eps,
             gradients.rows,
             scale,
+            gradients.n_batches,
+            [None if isinstance(more, Batch) else more for more in further],
+            partial(probe, self.core, found.tasks, self.descent.params),
+            self.learning.lr,
         )
+        return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
 
     def _write(self, found: Gathered, decision: Decision, call: Call) -> bool:
         """Write the direction, the heads' gradients and the auxiliary ones.
@@ -223,8 +234,30 @@ class Flow:
             )
         return batch
 
-    def evaluate(self, losses: Losses, aux: AuxLosses | None, count: int) -> Tensor:
+    def _read_more(self, batch: Batch, call: Call) -> list[Batch | Closure]:
+        """Bring further batches into form; closures stay for rules that look ahead."""
+        core, found = self.core, []
+        for more in call.more:
+            if callable(more) and getattr(core.rule, "probes", False):
+                found.append(more)
+                continue
+            with torch.enable_grad():
+                losses = more() if callable(more) else more
+            names, tensors = named_losses(losses)
+            found.append(read_batch(tensors, core.number_tasks(names, len(tensors))))
+            if found[-1].tasks != batch.tasks:
+                raise ValueError(
+                    f"{OWNER}: every batch must have losses of the same tasks, got those of "
+                    f"{[core.names[task] for task in found[-1].tasks]} beside "
+                    f"{[core.names[task] for task in batch.tasks]}; leave the task out everywhere."
+                )
+        return found
+
+    def evaluate(
+        self, more: Sequence[Any], losses: Losses, aux: AuxLosses | None, count: int
+    ) -> Tensor:
         """Write gradients for one of several evaluations in a step, all with the same weights."""
+        self.options.check_more(self.core.rule, more, piecewise=False)
         if count == 1 and self.core.rows:
             raise RuntimeError(
                 f"{OWNER}: gradients were put aside with `accumulate`, and a closure would "
@@ -237,6 +270,6 @@ class Flow:
                 f"in a step, and {type(self.core.rule).__name__} with these options has no weights "
                 "to hold meanwhile; choose a rule with weights, and one group."
             )
-        self.balance(losses, Call(aux, fresh=True, hold=count == 1, replay=count > 1))
+        self.balance(losses, Call(aux, fresh=True, hold=count == 1, replay=count > 1, more=more))
         self.holds = bool(self.core.held)
         return self.last.objective() if self.last is not None else torch.zeros(())

@@ -1,5 +1,6 @@
 """The task gradients of one call: of this batch, and of what was put aside before it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,14 @@ class Gathered:
 
 
 def gather(
-    descent: Descent, core: Core, batch: Batch, scale: Tensor | None, call: Call, *, at_cut: bool
+    descent: Descent,
+    core: Core,
+    batch: Batch,
+    scale: Tensor | None,
+    call: Call,
+    further: Sequence[Batch] = (),
+    *,
+    at_cut: bool,
 ) -> Gathered | None:
     """Compute the task gradients of a batch and add what was put aside before.
 
@@ -61,25 +69,34 @@ def gather(
         batch: The present losses.
         scale: Factor on all gradients; None for 1.
         call: The arguments of the call.
+        further: Losses of further batches with the same tasks.
         at_cut: Stay at the cut, whatever the engine.
 
     Returns:
         None if this batch is put aside, too.
     """
-    plan = descent.plan(batch, core.sets, found=at_cut)
-    if plan.hidden:
+    plans = [descent.plan(losses, core.sets, found=at_cut) for losses in (batch, *further)]
+    plan = plans[0]
+    if any(plan.hidden for plan in plans):
         raise RuntimeError(
             "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so their "
             "task gradients cannot be computed; pass use_reentrant=False to torch's checkpoint."
         )
     known = dict(core.sets)
-    for number, reached in plan.reached.items():
+    for number, reached in (pair for plan in plans for pair in plan.reached.items()):
         known[number] = known.get(number, 0) | reached
     aux = aux_gradients(call.aux_batch, descent.params, scale)
     count, retain = len(core.names), call.retain_graph
     if not call.accumulate and not core.rows:
         gradients = descent.gather(
-            plan, batch, known, scale, count, at_cut=at_cut, retain_graph=retain
+            plan,
+            batch,
+            known,
+            scale,
+            count,
+            at_cut=at_cut,
+            retain_graph=retain,
+            further=list(zip(plans[1:], further, strict=True)),
         )
         return Gathered(plan, known, gradients, batch.values, aux)
     piece = descent.rows(plan, batch, scale, retain_graph=retain)

@@ -44,6 +44,41 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     return torch.ldexp(total, 2 * exponent)
 
 
+def total_gram(rows: Sequence[Tensor], *, host: bool = False) -> Tensor:
+    """Compute the inner products of rows that are spread over several tensors.
+
+    Args:
+        rows: Tensors of shape ``[m, *shape]``.
+        host: Bring the matrix to the host; then protection against under- and overflow is taken
+            only where it is needed, else always.
+
+    Returns:
+        Shape ``[m, m]``, float64.
+    """
+    device = torch.device("cpu") if host else rows[0].device
+    if host:
+        total = _sum_of_grams(rows, device, scaled=False)
+        if not needs_scaling(total):
+            return total
+    return _sum_of_grams(rows, device, scaled=True)
+
+
+def total_vector(parts: Sequence[Tensor], *, host: bool = False) -> Tensor:
+    """Sum vectors of one shape in float64, brought to the host if asked for."""
+    device = torch.device("cpu") if host else parts[0].device
+    return torch.stack([part.to(device, torch.float64) for part in parts]).sum(dim=0)
+
+
+def _sum_of_grams(rows: Sequence[Tensor], device: torch.device, *, scaled: bool) -> Tensor:
+    grams = [gram_matrix(row.flatten(1), scaled=scaled).to(device) for row in rows]
+    return grams[0] if len(grams) == 1 else torch.stack(grams).sum(dim=0)
+
+
+def needs_scaling(gram: Tensor) -> bool:
+    """Say whether some squared norm may have vanished or overflowed in float32."""
+    return any(not TINY < square < HUGE for square in gram.diagonal().tolist())
+
+
 def sparse_gram(rows: Sequence[Tensor | None]) -> Tensor:
     """Compute the inner products of sparse rows; None counts as zero."""
     some = next(row for row in rows if row is not None)
@@ -87,6 +122,16 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
         part.copy_(torch.mv(chunk.float().T, weights.float()))
     return out
+
+
+def combined(weights: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weighted sum of rows that are spread over several tensors.
+
+    Args:
+        weights: Shape ``[m]``.
+        rows: Tensors of shape ``[m, *shape]``; their sums have shape ``[*shape]``.
+    """
+    return [combine(row.flatten(1), weights.to(row.device)).view(row.shape[1:]) for row in rows]
 
 
 def _is_plain(rows: Tensor) -> bool:

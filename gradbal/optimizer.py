@@ -1,6 +1,7 @@
 """MTLOptimizer: from several losses to one step of any torch optimizer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class MTLOptimizer(WrappedOptimizer):
     def backward(
         self,
         losses: Losses,
-        *more: Losses,
+        *more: Losses | Callable[[], Any],
         aux: AuxLosses | None = None,
         accumulate: bool = False,
         scaler: Any = None,
@@ -115,7 +116,8 @@ class MTLOptimizer(WrappedOptimizer):
         Args:
             losses: One per task: a list, a mapping from names, or a 1-D tensor. A task without a
                 loss, or whose loss has no graph, is absent.
-            *more: Losses of further independent batches, for rules that take several.
+            *more: Losses of further independent batches, or closures that return them, for rules
+                that take several.
             aux: A loss, or a mapping of losses, that is no task; its gradient is added after the
                 rule.
             accumulate: Only put the task gradients aside; the next call without it balances the
@@ -129,13 +131,13 @@ class MTLOptimizer(WrappedOptimizer):
             ValueError: If a loss is no scalar, the number of tasks changed, or a gradient is not
                 finite; then nothing has changed.
         """
-        self.options.refuse_more(self.core.rule, more)
-        self._flow.balance(losses, Call(aux, accumulate, scaler, retain_graph))
+        self.options.check_more(self.core.rule, more, accumulate or bool(self.core.rows))
+        self._flow.balance(losses, Call(aux, accumulate, scaler, retain_graph, more=more))
 
     def step(  # type: ignore[override]  # losses come where torch has the closure
         self,
         losses: Losses | Callable[[], Any] | None = None,
-        *more: Losses,
+        *more: Losses | Callable[[], Any],
         closure: Callable[[], Any] | None = None,
         aux: AuxLosses | None = None,
     ) -> Any:
@@ -152,20 +154,21 @@ class MTLOptimizer(WrappedOptimizer):
         Returns:
             What the base optimizer returns: the value of the closure, if it had one.
         """
-        self.options.refuse_more(self.core.rule, more)
         if callable(losses):
             losses, closure = None, losses
+        if losses is not None:
+            self.options.check_more(self.core.rule, more, bool(self.core.rows))
         self.options.check_closure(
             self.core.rule, self.base, losses, closure, aux, needed=self._needs_closure
         )
         if losses is not None:
-            if not self._flow.balance(losses, Call(aux, fresh=True)):
+            if not self._flow.balance(losses, Call(aux, fresh=True, more=more)):
                 return None
             result = self.base.step()
         elif closure is None:
             result = self.base.step()
         else:
-            evaluations = Evaluations(closure, self._flow.evaluate, aux)
+            evaluations = Evaluations(closure, partial(self._flow.evaluate, more), aux)
             result = self.base.step(evaluations)
             closure = closure if evaluations.count else None
         self._flow.learning.after_step(closure)
@@ -233,9 +236,14 @@ class MTLOptimizer(WrappedOptimizer):
 
     def _init_runtime(self) -> None:
         super()._init_runtime()
-        norms_only = getattr(self.core.rule, "norms_only", False)
-        groups = self.options.groups
-        descent = Descent(self.base, self.engine, self.shared, groups, norms_only=norms_only)
+        descent = Descent(
+            self.base,
+            self.engine,
+            self.shared,
+            self.options.groups,
+            norms_only=getattr(self.core.rule, "norms_only", False),
+            everything=getattr(self.core.rule, "probes", False),
+        )
         self._flow = Flow(self.core, self.options, descent)
         self._needs_closure = needs_closure(self.base)
 

@@ -22,6 +22,7 @@ class Entry:
         claims: What it promises with its default options.
         paper: Authors and venue, for the table of rules.
         year: Year of publication, or None for folklore.
+        aliases: Other names.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Entry:
     claims: frozenset[Claim]
     paper: str
     year: int | None
+    aliases: tuple[str, ...] = ()
 
 
 _RULES: dict[str, Entry] = {}
@@ -36,7 +38,12 @@ RULES: Mapping[str, Entry] = MappingProxyType(_RULES)
 
 
 def register(
-    name: str, *, claims: Collection[Claim] = (), paper: str = "", year: int | None = None
+    name: str,
+    *,
+    claims: Collection[Claim] = (),
+    paper: str = "",
+    year: int | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[R], R]:
     """Enter a rule into the registry; to be used as a class decorator.
 
@@ -45,9 +52,10 @@ def register(
         claims: Promises that the shared tests then hold the rule to.
         paper: Authors and venue.
         year: Year of publication.
+        aliases: Other names that users may type.
 
     Raises:
-        ValueError: If the name is taken by another class.
+        ValueError: If a name is taken by another class.
         TypeError: If the class is no ``LossRule``, ``GramRule`` or ``GradientRule``.
     """
 
@@ -57,23 +65,32 @@ def register(
                 f"register: {name!r} must decorate a LossRule, a GramRule or a GradientRule, "
                 f"got {rule!r}."
             )
-        if name in _RULES:
-            taken = _RULES[name].rule.__name__
-            raise ValueError(f"register: the name {name!r} is taken by {taken}; choose another.")
-        _RULES[name] = Entry(name, rule, frozenset(claims), paper, year)
+        known = _by_name()
+        for wanted in (name, *aliases):
+            if wanted in known:
+                taken = known[wanted].rule.__name__
+                raise ValueError(
+                    f"register: the name {wanted!r} is taken by {taken}; choose another."
+                )
+        _RULES[name] = Entry(name, rule, frozenset(claims), paper, year, aliases)
         return rule
 
     return enter
 
 
+def _by_name() -> dict[str, Entry]:
+    """Return all entries, also by their aliases."""
+    return {name: entry for entry in RULES.values() for name in (entry.name, *entry.aliases)}
+
+
 def rule_names() -> tuple[str, ...]:
-    """Return the registered names in alphabetical order.
+    """Return the registered names, aliases among them, in alphabetical order.
 
     Example:
         >>> "upgrad" in rule_names()
         True
     """
-    return tuple(sorted(RULES))
+    return tuple(sorted(_by_name()))
 
 
 def make_rule(name: str | Rule, **options: Any) -> Rule:
@@ -103,12 +120,13 @@ def make_rule(name: str | Rule, **options: Any) -> Rule:
             f"A rule must be a registered name or a Rule object, got {name!r}; "
             "`gradbal.rule_names()` lists all names."
         )
-    if name not in RULES:
+    entry = RULES.get(name) or _by_name().get(name)
+    if entry is None:
         raise ValueError(
-            f"Unknown rule {name!r}.{did_you_mean(name, RULES)} "
+            f"Unknown rule {name!r}.{did_you_mean(name, _by_name())} "
             "`gradbal.rule_names()` lists all of them."
         )
-    rule = RULES[name].rule
+    rule = entry.rule
     known = list(inspect.signature(rule).parameters) if options else []
     for option in options:
         if option not in known:

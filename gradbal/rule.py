@@ -1,6 +1,6 @@
 """The contract of a rule: what it looks at, what it keeps and what it promises."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -8,9 +8,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gradbal.gram import total_gram, total_vector
+
 State = dict[str, Tensor]
+Rows = list[Tensor]  # task gradients, one tensor of shape [m, *shape] per parameter
+Closure = Callable[[], Any]  # evaluates losses anew
 Scale = Literal["sum", "mean", "own"]
-Heads = Literal["plain", "weighted"]
+Heads = Literal["plain", "weighted", "own"]
 
 
 class Claim(Enum):
@@ -29,6 +33,25 @@ class Weights(NamedTuple):
 
     shared: Tensor
     heads: Tensor
+
+
+class Direction(NamedTuple):
+    """A direction found entry by entry, and weights of shape ``[m]`` for the heads."""
+
+    shared: Sequence[Tensor]
+    heads: Tensor
+
+
+class Probed(NamedTuple):
+    """Losses at other parameters, shape ``[k]``, and their gradients there."""
+
+    losses: Tensor
+    rows: Rows
+
+
+def no_probe(direction: Sequence[Tensor], lr: float | Tensor, closure: Closure) -> Probed:
+    """Stand where nobody can look at other parameters."""
+    raise RuntimeError("This rule looks at the losses at other parameters: it needs a closure.")
 
 
 @dataclass
@@ -50,6 +73,18 @@ class Context:
         eps: Relative rounding error of the Gram matrix, from the dtype of the gradients.
         stats: What a rule wants to be seen by diagnostics, such as a solver's residual.
         slopes: Gradients for the rule's ``learned`` tensors, by name.
+        lr: Learning rate of the ``learned`` tensors, for rules that step them themselves.
+        cross: Inner products between the task gradients of several batches, shape
+            ``[b, b, m, m]``, that of the step first; None with one batch. For Gram rules.
+        more: The further batches, for gradient rules: task gradients, or closures.
+        buffers: The rule's tensors for each parameter, aligned with the gradients it gets; to be
+            rebound and not written into.
+        present: Positions of the present tasks in ``state`` and ``buffers`` for rules that see
+            absent tasks.
+        gram: Computes the Gram matrix of rows, summed over parameters, where rules solve.
+        total: Sums vectors of shape ``[m]``, one per parameter, there.
+        probe: ``probe(direction, lr, closure)`` evaluates a closure's losses at
+            ``parameters - lr * direction`` and differentiates each; everything is as before then.
     """
 
     losses: Tensor
@@ -64,6 +99,14 @@ class Context:
     eps: float = torch.finfo(torch.float64).eps
     stats: dict[str, Any] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
+    lr: float | Tensor = 0.0
+    cross: Tensor | None = None
+    more: Sequence[Rows | Closure] = ()
+    buffers: list[State] = field(default_factory=list)
+    present: Tensor | None = None
+    gram: Callable[[Sequence[Tensor]], Tensor] = total_gram
+    total: Callable[[Sequence[Tensor]], Tensor] = total_vector
+    probe: Callable[[Sequence[Tensor], float | Tensor, Closure], Probed] = no_probe
 
     def uniform(self, index: int, like: Tensor) -> Tensor:
         """Draw from U(0, 1), elementwise, for the parameter of this index.
@@ -103,8 +146,8 @@ class Rule:
         scale: ``"sum"`` if the direction compares with the gradient of the summed loss,
             ``"mean"`` if with the mean's (``MTLOptimizer(scale="sum")`` then multiplies by the
             number of present tasks), ``"own"`` if the method sets a length of its own.
-        heads: Whether task-specific parameters get the plain gradient of their own loss or
-            that gradient times the task's weight.
+        heads: Whether task-specific parameters get the plain gradient of their own loss, that
+            gradient times the task's weight, or times a weight that the rule names itself.
         needs_losses: Whether the rule looks at the losses.
         per_task: Names of options with one number per task; where given, they are found in
             ``ctx.state`` under the same name, restricted to the present tasks.
@@ -114,6 +157,10 @@ class Rule:
         learned_lr: Learning rate of the ``learned`` tensors; None for the base optimizer's.
         after: Where ``observe`` gets its losses: from a closure, from the next step's batch, or
             (``"auto"``) from a closure where one is given.
+        batches: From how many independent batches the rule can take losses, that of the step
+            among them.
+        sees_absent: Whether ``ctx.state`` and ``ctx.buffers`` hold absent tasks, too; the present
+            ones are at ``ctx.present``.
     """
 
     scale: ClassVar[Scale] = "own"
@@ -124,6 +171,8 @@ class Rule:
     learner: Literal["adam", "sgd"] | None = None
     learned_lr: float | None = None
     after: str = "auto"
+    batches: ClassVar[tuple[int, ...]] = (1,)
+    sees_absent: ClassVar[bool] = False
 
     def init(self, losses: Tensor) -> State:
         """Make every tensor that the rule keeps between steps, sized for ``losses``.
@@ -133,6 +182,11 @@ class Rule:
         found by comparing two sizes.
         """
         return {}
+
+    @property
+    def kind(self) -> str:
+        """What a checkpoint calls the rule; it fits rules of the same kind with other options."""
+        return type(self).__name__
 
     @property
     def observes(self) -> bool:
@@ -174,11 +228,31 @@ class GramRule(WeightRule):
 
 
 class GradientRule(Rule):
-    """A rule that looks at the task gradients entry by entry; it has no weights."""
+    """A rule that looks at the task gradients entry by entry.
+
+    Attributes:
+        weighted: Whether the direction is a weighted sum of the task gradients, of which the rule
+            returns the weights.
+        probes: Whether it looks at the losses at other parameters. Then it gets the gradients of
+            all parameters, with zeros for tasks that do not reach one, and its further batches
+            may be closures.
+    """
+
+    weighted: ClassVar[bool] = False
+    probes: ClassVar[bool] = False
+
+    def buffers(self, rows: Tensor) -> State:
+        """Make every tensor that the rule keeps for one parameter between steps.
+
+        Args:
+            rows: The task gradients, shape ``[m, *shape]``; only shape, dtype and device may be
+                used. Axis 0 of a tensor runs over tasks if its size changes with ``m``.
+        """
+        return {}
 
     def direction(
         self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor] | Direction | Tensor | Weights:
         """Combine the task gradients, parameter by parameter.
 
         Args:
@@ -187,6 +261,7 @@ class GradientRule(Rule):
             ctx: What else is known.
 
         Returns:
-            The direction, one tensor of shape ``[*shape]`` per parameter.
+            The direction, one tensor of shape ``[*shape]`` per parameter, with weights for the
+            heads if these are not plain; or task weights, shape ``[m]``, if ``weighted``.
         """
         raise NotImplementedError

@@ -35,6 +35,8 @@ class Keep:
     ) -> None:
         """Make room for ``n_tasks`` rows over the parameters numbered in ``groups``.
 
+        With several batches there is a row for each task in each batch.
+
         Args:
             params: All parameters of the optimizer.
             groups: The group of every shared parameter, by number.
@@ -109,13 +111,13 @@ class Keep:
             weights = weigh(block.group)
             if weights is None:
                 continue
-            rows = block.rows[: self.n_tasks]
+            rows = block.rows[: len(weights)]
             flat = combine(rows, weights.to(rows.device), block.flat if in_place else None)
             views = block.views(flat, "flat" if in_place else None)
             out |= {number: view for number, view in views.items() if number in self.written}
         for number, column in self.sparse.items():
             weights = weigh(self.groups[number])
-            total = None if weights is None else _weighted(column, weights)
+            total = None if weights is None else _weighted(column[: len(weights)], weights)
             if total is not None:
                 out[number] = total
         return out
@@ -148,6 +150,22 @@ class Keep:
             if dense is not None and self.groups[number] == group:
                 views[number] = dense
         return views
+
+
+@dataclass(frozen=True)
+class Further:
+    """The place of a further batch in a sink: after the rows of those before it."""
+
+    sink: Keep
+    first: int
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Store the gradients of some of its tasks for some parameters."""
+        at, first = rows.tasks, self.first
+        if isinstance(at, slice):
+            self.sink.take(numbers, Rows(slice(at.start + first, at.stop + first), rows.grads))
+        else:
+            self.sink.take(numbers, Rows(at + first, rows.grads))
 
 
 @dataclass

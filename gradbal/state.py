@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbal.learner import slots
-from gradbal.rule import Rule, State
+from gradbal.rule import GradientRule, Rule, State
 
 Axes = dict[str, tuple[int, ...]]
 
@@ -54,6 +54,27 @@ def task_axes(rule: Rule, learner: str) -> Axes:
     for name in rule.learned:
         axes |= dict.fromkeys(slots(name, small[name], learner), axes[name])
     return axes
+
+
+def row_axes(rule: Rule) -> Axes:
+    """Find which tensors that a rule keeps for a parameter have one row per task."""
+    if not isinstance(rule, GradientRule):
+        return {}
+    small, large = (rule.buffers(torch.zeros(n, 1)) for n in (2, 3))
+    return {name: (0,) if large[name].shape != t.shape else () for name, t in small.items()}
+
+
+def some_rows(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> Tensor:
+    """Return the rows of some tasks; the tensor itself if these are all."""
+    return tensor if tasks is None else part(tensor, axes, tasks)
+
+
+def grown_rows(buffers: State, axes: Axes, n_tasks: int) -> State:
+    """Return what is kept for a parameter with empty rows for new tasks."""
+    return {
+        name: torch.cat([t, t.new_zeros(n_tasks - len(t), *t.shape[1:])]) if axes[name] else t
+        for name, t in buffers.items()
+    }
 
 
 def part(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradbal.gram import HUGE, TINY
+from gradbal.gram import needs_scaling
 
 Grams = Callable[[bool], dict[str, Tensor]]
 
@@ -17,7 +17,8 @@ class Survey:
     """Gram matrices and losses where the rule will look at them.
 
     Attributes:
-        grams: The Gram matrix of each group, over all present tasks, float64.
+        grams: The Gram matrix of each group, over all present tasks, float64; with several
+            batches over the tasks of each in turn.
         losses: Losses, shape ``[m]``, on the same device.
         values: The losses as numbers, or None if nothing was read back.
         bad: Positions of tasks for which something is not finite; -1 stands for the auxiliary
@@ -64,11 +65,15 @@ def survey(
         found = {group: gram / rest[3] ** 2 for group, gram in found.items()}
         return Survey(found, losses, None, [])
     packed = torch.cat([*(gram.flatten() for gram in found.values()), *rest]).cpu()
-    *blocks, values, own, beside, factor = torch.split(packed, [*[m * m] * len(found), m, m, 1, 1])
-    squares = {group: block.view(m, m) for group, block in zip(found, blocks, strict=True)}
-    if any(_needs_scaling(gram) for gram in squares.values()):
+    sizes_of = [gram.numel() for gram in found.values()]
+    *blocks, values, own, beside, factor = torch.split(packed, [*sizes_of, m, m, 1, 1])
+    squares = {
+        group: block.view_as(gram)
+        for (group, gram), block in zip(found.items(), blocks, strict=True)
+    }
+    if any(needs_scaling(gram) for gram in squares.values()):
         squares = {group: gram.cpu() for group, gram in grams(True).items()}
-    bad = {i for gram in squares.values() for i in _not_finite(gram.diagonal().tolist())}
+    bad = {i % m for gram in squares.values() for i in _not_finite(gram.diagonal().tolist())}
     bad |= set(_not_finite(own.tolist()))
     bad |= {-1 for _ in _not_finite(beside.tolist())}
     squares = {group: gram / factor**2 for group, gram in squares.items()}
@@ -76,10 +81,6 @@ def survey(
     if bad:
         return Survey(squares, values, numbers, sorted(bad), "gradient")
     return Survey(squares, values, numbers, _not_finite(numbers))
-
-
-def _needs_scaling(gram: Tensor) -> bool:
-    return any(not TINY < square < HUGE for square in gram.diagonal().tolist())
 
 
 def _not_finite(numbers: Sequence[float]) -> list[int]:

@@ -19,6 +19,7 @@ class TaskGradients:
         sink: Gradients of shared parameters.
         members: For each group the positions of the tasks that reach it.
         eps: Relative rounding error of Gram matrices made from them.
+        n_batches: Number of batches; the rows of further ones follow those of the first.
     """
 
     tasks: list[int]
@@ -26,9 +27,10 @@ class TaskGradients:
     sink: Keep | GramOnly
     members: dict[str, list[int]]
     eps: float
+    n_batches: int = 1
 
     def grams(self, scaled: bool) -> dict[str, Tensor]:
-        """Return the Gram matrix of each group, over all tasks."""
+        """Return the Gram matrix of each group, over all tasks of each batch in turn."""
         return {group: self.sink.gram(group, scaled=scaled) for group in self.members}
 
     @property

@@ -1,6 +1,5 @@
 """Nested containers with tensors as leaves."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +28,3 @@ def merged_sums(old: Mapping[int, Tensor], new: Mapping[int, Tensor]) -> dict[in
     """Return the union, with sums where both have a tensor."""
     both = {key: added(old[key], new[key]) for key in old.keys() & new.keys()}
     return {**old, **new, **both}
-
-
-def kinds(text: str) -> str:
-    """Return the classes named in an object's repr, without their options."""
-    return " of ".join(re.findall(r"(\w+)\(", text))

@@ -29,7 +29,7 @@ def close(ours: Tensor | None, theirs: list[float]) -> None:
 
 
 def state_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = state["state"]["groups"][MODEL]
+    found: dict[str, Tensor] = state["tensors"]
     return found
 
 
@@ -265,8 +265,8 @@ def test_state_belongs_to_one_chain() -> None:
     loaded = torch.load(file, weights_only=True)
     aggregate(rows(J3), chain(Smooth(alpha=0.1), "mgda"), state=loaded)
     sentence = (
-        "Checkpoint: holds the state of the rule GramChain of Smooth of MGDA, this optimizer has "
-        "GramChain of Smooth of UPGrad; build it with the same rule."
+        "aggregate: `state` belongs to the rule GramChain of Smooth of MGDA, this one is GramChain "
+        "of Smooth of UPGrad; pass None to start anew."
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         aggregate(rows(J3), chain("smooth", "upgrad"), state=loaded)

@@ -109,7 +109,7 @@ def test_list_finds_out_who_draws_random_numbers_and_who_weights_heads_apart() -
     assert [rows[name][3] for name in ("rlw", "pcgrad", "graddrop")] == ["yes"] * 3
     assert [rows[name][3] for name in ("ew", "upgrad", "dwa", "nash_mtl")] == ["-"] * 4
     assert [rows[name][5] for name in ("nash_mtl", "imtl", "uw", "upgrad")] == [
-        "own",
+        "weighted",
         "own",
         "weighted",
         "plain",

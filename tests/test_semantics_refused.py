@@ -146,9 +146,7 @@ def test_losses_of_several_batches(rule: str) -> None:
     optimizer = wrapped(model, rule)
     name = type(optimizer.rule).__name__
     before = everything(model, optimizer)
-    sentence = (
-        f"MTLOptimizer: {name} takes the losses of one batch, got those of 3; leave the others out."
-    )
+    sentence = f"MTLOptimizer: {name} takes 1 batch, got 3; leave the others out."
     args = (model.losses(), model.losses(1), model.losses(2))
     says(ValueError, sentence, lambda: optimizer.step(*args))
     says(ValueError, sentence, lambda: optimizer.backward(*args))

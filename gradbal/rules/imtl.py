@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, State, Weights
+from gradbal.rule import Claim, Context, GramRule, Heads, State, Weights
 from gradbal.solvers.equal_projection import equal_projection
 
 
@@ -29,6 +29,7 @@ class IMTL(GramRule):
         Liu et al., ICLR 2021, algorithm 1.
     """
 
+    heads: ClassVar[Heads] = "own"
     needs_losses = True
     learned: ClassVar[tuple[str, ...]] = ("log_scale",)
 

@@ -211,9 +211,7 @@ def test_finite_repeatable_and_without_side_effects(name: str, case: str) -> Non
             assert result.weights.shape == jacobian.shape[:1]
             assert result.weights.isfinite().all()
             assert_near(result.direction, jacobian.T @ result.weights, cancelling(jacobian, result))
-        assert all(
-            tensor.isfinite().all() for tensor in result.state["state"]["groups"][MODEL].values()
-        )
+        assert all(tensor.isfinite().all() for tensor in result.state["tensors"].values())
     assert same(tuple(results[0]), tuple(results[1]))
 
 
@@ -263,7 +261,7 @@ def test_losses_of_any_size(name: str, size: float) -> None:
         result = aggregate(normal(3, 5, seed=seed), name, losses=losses, state=state)
         state = result.state
         assert result.direction.isfinite().all()
-        assert all(tensor.isfinite().all() for tensor in state["state"]["groups"][MODEL].values())
+        assert all(tensor.isfinite().all() for tensor in state["tensors"].values())
 
 
 # ---------------------------------------------------------------------------- on the device

@@ -198,7 +198,7 @@ def test_imtl_balances_the_scaled_gradients() -> None:
     scales = torch.tensor([1.051271, 0.904837, 1], dtype=torch.float64)
     first = aggregate(rows(J3), "imtl", losses=L3)
     state = first.state
-    state["state"]["groups"][MODEL]["log_scale"] = scales.log()
+    state["tensors"]["log_scale"] = scales.log()
     ours = aggregate(rows(J3), "imtl", losses=L3, state=state).direction
     theirs = aggregate(rows(J3) * scales[:, None], "imtl_g").direction
     torch.testing.assert_close(ours, theirs)
@@ -208,12 +208,12 @@ def test_famo_over_three_steps() -> None:
     jacobian = rows(J3)
     result = aggregate(jacobian, "famo", losses=L3)
     result = aggregate(jacobian, "famo", losses=[0.4, 1.9, 0.7], state=result.state)
-    logits = result.state["state"]["groups"][MODEL]["logits"]
+    logits = result.state["tensors"]["logits"]
     close(logits, [-0.025, 0.025, -0.025])
     close(logits.softmax(dim=0), [0.327732, 0.344536, 0.327732])
     close(result.weights, [0.557803, 0.123453, 0.318744])
     result = aggregate(jacobian, "famo", losses=[0.39, 1.5, 0.69], state=result.state)
-    close(result.state["state"]["groups"][MODEL]["logits"], [-0.009804, 0.024690, -0.030922])
+    close(result.state["tensors"]["logits"], [-0.009804, 0.024690, -0.030922])
 
 
 def test_famo_slope() -> None:
@@ -242,7 +242,7 @@ def test_gradvac_from_a_target() -> None:
 
 
 def targets(state: dict[str, Any]) -> Tensor:
-    found: Tensor = state["state"]["groups"][MODEL]["target"]
+    found: Tensor = state["tensors"]["target"]
     return torch.stack((found[0, 1], found[1, 0]))
 
 

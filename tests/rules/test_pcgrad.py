@@ -11,7 +11,6 @@ from cases import J2, J3, conflicting, decades, normal, rows
 from torch import Tensor
 
 from gradbal import aggregate, make_rule
-from gradbal.decision import MODEL
 from gradbal.rules import gradvac, pcgrad
 
 MATRICES = {
@@ -69,7 +68,7 @@ def test_gradvac_is_what_it_is_on_vectors(
         state = result.state
         expected, targets = reference.gradvac(jacobian, orders_of(seen[-1]), targets, 0.3)
         torch.testing.assert_close(result.direction, expected, rtol=1e-8, atol=1e-10)
-        found = state["state"]["groups"][MODEL]["target"]
+        found = state["tensors"]["target"]
         torch.testing.assert_close(found, targets, rtol=1e-9, atol=1e-10)
 
 
@@ -121,6 +120,6 @@ def test_gradvac_stays_bounded_on_parallel_gradients() -> None:
         result = aggregate(jacobian, "gradvac", state=state)
         state = result.state
         torch.testing.assert_close(result.direction, jacobian.sum(dim=0))
-    targets = state["state"]["groups"][MODEL]["target"]
+    targets = state["tensors"]["target"]
     assert (targets.abs() <= 1).all()
     assert torch.equal(targets[2], torch.zeros(3, dtype=torch.float64))
