@@ -106,7 +106,7 @@ def aggregate(
         direction = combine(jacobian, weights)
         return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, kept)
     shared = result.shared if isinstance(result, Direction) else result
-    return Aggregation(shared[0], None, ctx.stats, kept)
+    return Aggregation(shared[0].to(jacobian.dtype), None, ctx.stats, kept)
 
 
 def _ask(rule: Rule, signal: Tensor, ctx: Context) -> Tensor | Weights:
@@ -157,8 +157,9 @@ def _context(
         seed, generator = 0, torch.Generator().manual_seed(mix(0, step))
     else:
         seed = int(torch.randint(2**62, (), generator=generator))
-    if isinstance(rule, GradientRule) and not buffers:
-        buffers = rule.buffers(jacobian)
+    if isinstance(rule, GradientRule):
+        buffers = buffers or rule.buffers(jacobian)
+        _check_width(buffers, jacobian)
     ctx = Context(
         losses=losses,
         state={name: tensor.clone() for name, tensor in state["tensors"].items()},
@@ -169,6 +170,7 @@ def _context(
         names=tuple(map(str, range(len(values)))),
         eps=_EPS[jacobian.dtype],
         lr=rule.learned_lr or LEARNED_LR,
+        base_lr=LEARNED_LR,
         buffers=[buffers],
         gram=_gram_of,
         total=_total_of,
@@ -179,6 +181,15 @@ def _context(
         rule.observe(losses, ctx)
         _learn(rule, ctx)
     return ctx
+
+
+def _check_width(buffers: State, jacobian: Tensor) -> None:
+    for tensor in buffers.values():
+        if tensor.shape[-1] != jacobian.shape[1]:
+            raise ValueError(
+                f"aggregate: `state` belongs to {tensor.shape[-1]} parameters, the Jacobian has "
+                f"{jacobian.shape[1]} columns; pass None to start anew."
+            )
 
 
 def _first(rule: Rule, losses: Tensor) -> State:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbal.checks import did_you_mean
+from gradbal.gram import combined, times
 from gradbal.registry import RULES, make_rule
 from gradbal.rule import (
     Claim,
@@ -22,7 +23,10 @@ from gradbal.rule import (
 )
 from gradbal.transforms import TRANSFORMS, Transform
 
-PASSED_ON = ("scale", "heads", "per_task", "learned", "learner", "learned_lr", "after")
+PASSED_ON = (
+    *("scale", "heads", "per_task", "learned", "learner", "learned_lr", "after"),
+    "sees_absent",
+)
 
 
 def chain(*links: str | Transform | Rule) -> Rule:
@@ -40,7 +44,8 @@ def chain(*links: str | Transform | Rule) -> Rule:
         default options that the transforms keep, and those that they add.
 
     Raises:
-        ValueError: If a name is unknown, or if a transform cannot work on an elementwise rule.
+        ValueError: If a name is unknown, a transform finds no weights to work on, or the rule
+            needs several batches.
         TypeError: If a link is of another type, or there is none.
 
     Example:
@@ -49,14 +54,23 @@ def chain(*links: str | Transform | Rule) -> Rule:
     """
     if not links:
         raise TypeError("chain: expected transforms and, at the end, a rule, got nothing.")
+    if links[-1] in TRANSFORMS or isinstance(links[-1], Transform):
+        raise ValueError(
+            f"chain: {links[-1]!r} is a transform, and the rule comes last; change their order."
+        )
     rule = make_rule(links[-1])  # type: ignore[arg-type]  # it tells what is wrong
     transforms = tuple(_make_transform(link) for link in links[:-1])
     if isinstance(rule, Chain):
         transforms, rule = (*transforms, *rule.transforms), rule.rule
     if not transforms:
         return rule
-    if isinstance(rule, GradientRule):
-        _check_elementwise(transforms, rule)
+    if min(rule.batches) > 1:
+        raise ValueError(
+            f"chain: {type(rule).__name__} looks at several batches, and a transform knows the "
+            "losses of the first alone; use the rule without transforms."
+        )
+    if isinstance(rule, GradientRule) or any(t.tracks for t in transforms):
+        _check_weights(transforms, rule)
         return GradientChain(transforms, rule)
     if isinstance(rule, LossRule) and not any(t.needs_norms for t in transforms):
         return LossChain(transforms, rule)
@@ -84,6 +98,10 @@ class Chain(Rule):
         passed["needs_losses"] = any(part.needs_losses for part in parts)
         if isinstance(self, GramRule):
             passed["norms_only"] = getattr(self.rule, "norms_only", True)
+        if isinstance(self, GradientRule):
+            passed["weighted"] = getattr(self.rule, "weighted", True) and not any(
+                transform.tracks for transform in self.transforms
+            )
         for name, value in passed.items():
             object.__setattr__(self, name, value)
 
@@ -168,24 +186,81 @@ class GramChain(_WeightChain, GramRule):
 
 
 class GradientChain(Chain, GradientRule):
-    """A chain on an elementwise rule."""
+    """A chain that works on the task gradients themselves."""
 
-    rule: GradientRule
+    def buffers(self, rows: Tensor) -> State:
+        found = self.rule.buffers(rows) if isinstance(self.rule, GradientRule) else {}
+        for position, transform in enumerate(self.transforms):
+            own = transform.buffers(rows)
+            found |= {f"{position}.{name}": tensor for name, tensor in own.items()}
+        return found
 
     def direction(
         self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
     ) -> Sequence[Tensor] | Direction | Tensor | Weights:
-        for transform in self.transforms:
-            sizes = transform.sizes(torch.ones_like(ctx.losses), ctx)
-            if sizes is not None:
-                grads = [grad / _along(sizes, grad) for grad in grads]
-            ctx = transform.see(ctx)
-        return self.rule.direction(grads, indices, ctx)
+        shared, heads = self._ask(0, grads, indices, ctx)
+        if heads is None:
+            return shared
+        return Weights(shared, heads) if isinstance(shared, Tensor) else Direction(shared, heads)
+
+    def _ask(
+        self, position: int, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
+    ) -> tuple[Tensor | Sequence[Tensor], Tensor | None]:
+        """Walk in through the transforms from this one on, ask the rule, and walk out."""
+        if position == len(self.transforms):
+            return self._ask_rule(grads, indices, ctx)
+        transform, prefix = self.transforms[position], f"{position}."
+        norms = torch.ones_like(ctx.losses)
+        if transform.needs_norms:
+            norms = ctx.gram(grads).diagonal().sqrt()
+        sizes = transform.sizes(norms, ctx)
+        if sizes is not None:
+            grads = times(grads, 1 / sizes)
+        state = _named(ctx.state, prefix)
+        kept = [_named(tensors, prefix) for tensors in ctx.buffers]
+        grads = transform.track(grads, kept, state)
+        inner = transform.see(ctx)
+        shared, heads = self._ask(position + 1, grads, indices, inner)
+        ctx.buffers = [
+            {**tensors, **{prefix + name: tensor for name, tensor in own.items()}}
+            for tensors, own in zip(inner.buffers, kept, strict=True)
+        ]
+        if isinstance(shared, Tensor):
+            shared = transform.finish(shared, state)
+            if transform.tracks:
+                shared = combined(shared, grads)
+            elif sizes is not None:
+                shared = shared / sizes
+        ctx.state.update({prefix + name: tensor for name, tensor in state.items()})
+        with_heads = transform.on_heads or self.heads == "weighted"
+        if heads is not None and sizes is not None and with_heads:
+            heads = heads / sizes
+        return shared, heads
+
+    def _ask_rule(
+        self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context
+    ) -> tuple[Tensor | Sequence[Tensor], Tensor | None]:
+        rule = self.rule
+        result: Sequence[Tensor] | Direction | Tensor | Weights
+        if isinstance(rule, GradientRule):
+            result = rule.direction(grads, indices, ctx)
+        elif isinstance(rule, WeightRule):
+            result = rule.weights(
+                ctx.losses if isinstance(rule, LossRule) else ctx.gram(grads), ctx
+            )
+        if isinstance(result, Weights | Direction):
+            return result.shared, result.heads
+        heads = None
+        if self.heads == "weighted" and isinstance(result, Tensor):
+            heads = result
+        elif any(transform.on_heads for transform in self.transforms):
+            heads = torch.ones_like(ctx.losses)
+        return result, heads
 
 
-def _along(sizes: Tensor, grad: Tensor) -> Tensor:
-    """Return the sizes so shaped that they meet the rows of a gradient, ``[m, *shape]``."""
-    return sizes.to(grad).reshape(-1, *[1] * (grad.ndim - 1))
+def _named(tensors: State, prefix: str) -> State:
+    """Return the tensors whose name begins so, by the rest of their names."""
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _make_transform(link: object) -> Transform:
@@ -204,11 +279,14 @@ def _make_transform(link: object) -> Transform:
     return TRANSFORMS[link]()
 
 
-def _check_elementwise(transforms: Sequence[Transform], rule: Rule) -> None:
-    for transform in transforms:
-        if transform.needs_weights or transform.needs_norms:
-            what = "weights to work on" if transform.needs_weights else "norms of whole gradients"
+def _check_weights(transforms: Sequence[Transform], rule: Rule) -> None:
+    """Raise if a transform that works on weights stands where there is a direction instead."""
+    behind: object = None if getattr(rule, "weighted", True) else rule
+    for transform in reversed(transforms):
+        if transform.needs_weights and behind is not None:
             raise ValueError(
-                f"chain: {transform!r} needs {what}, and {type(rule).__name__} works entry by "
-                "entry; choose a rule with weights or leave the transform out."
+                f"chain: {transform!r} needs weights to work on, and {type(behind).__name__} "
+                "behind it makes a direction entry by entry; change their order or leave one out."
             )
+        if transform.tracks:
+            behind = transform

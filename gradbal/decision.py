@@ -143,6 +143,7 @@ class Sight:
         more: A closure, or None for task gradients, for each batch after the first.
         probe: Looks at the losses of a closure at other parameters, given the group's.
         lr: Learning rate of what the rule learns.
+        base_lr: Learning rate of the model.
     """
 
     eps: float = torch.finfo(torch.float64).eps
@@ -152,6 +153,7 @@ class Sight:
     more: Sequence[Closure | None] = ()
     probe: Callable[..., Probed] = no_probe
     lr: float | Tensor = 0.0
+    base_lr: float | Tensor = 0.0
 
 
 def decide(
@@ -187,6 +189,7 @@ def decide(
             capturable=policy.capturable,
             eps=sight.eps,
             lr=sight.lr,
+            base_lr=sight.base_lr,
         )
         decision.contexts[group] = (part.numbers, ctx)
         if group in seen.grams:
@@ -208,6 +211,7 @@ def decide(
                 continue
         else:
             found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
+            found = [part.to(like.dtype) for part, like in zip(found, stacks.values(), strict=True)]
             pairs = zip(decision.parameters[group], found, strict=True)
             decision.direction = {**(decision.direction or {}), **dict(pairs)}
         if heads is not None:

@@ -131,6 +131,7 @@ class Flow:
             [None if isinstance(more, Batch) else more for more in further],
             partial(probe, self.core, found.tasks, self.descent.params),
             self.learning.lr,
+            self.learning.base_lr,
         )
         return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
 

@@ -124,6 +124,24 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor, or float32 if that is wider: for sums over many steps."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def times(rows: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Multiply row i of every tensor by factor i, in at least float32.
+
+    Args:
+        rows: Tensors of shape ``[m, *shape]``.
+        factors: Shape ``[m]``.
+    """
+    return [
+        row.to(wide(row)) * factors.to(row.device, wide(row)).view(-1, *[1] * (row.ndim - 1))
+        for row in rows
+    ]
+
+
 def combined(weights: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """Return the weighted sum of rows that are spread over several tensors.
 

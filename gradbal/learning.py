@@ -33,8 +33,13 @@ class Learning:
     def lr(self) -> float | Tensor:
         """The learning rate of what is learned."""
         lr = self.core.rule.learned_lr if self.given is None else self.given
-        live: float | Tensor = self.base.param_groups[0]["lr"]
-        return live if lr is None else lr
+        return self.base_lr if lr is None else lr
+
+    @property
+    def base_lr(self) -> float | Tensor:
+        """The learning rate of the first parameter group."""
+        lr: float | Tensor = self.base.param_groups[0]["lr"]
+        return lr
 
     @torch.no_grad()
     def after_step(self, closure: Callable[[], Any] | None) -> None:

@@ -49,9 +49,10 @@ def probe(
             torch.autograd.grad(loss, some, retain_graph=loss is not mixed[-1], allow_unused=True)
             for loss in mixed
         ]
+    columns = zip(*rows, strict=True) if rows else [()] * len(some)
     stacks = [
-        torch.stack([_dense(grad, param) for grad in column])
-        for param, column in zip(some, zip(*rows, strict=True), strict=True)
+        torch.stack([_dense(grad, param) for grad in column]) if column else param.new_empty(0)
+        for param, column in zip(some, columns, strict=True)
     ]
     return Probed(torch.stack([loss.detach() for loss in losses]).double(), stacks)
 

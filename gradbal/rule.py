@@ -49,9 +49,9 @@ class Probed(NamedTuple):
     rows: Rows
 
 
-def no_probe(direction: Sequence[Tensor], lr: float | Tensor, closure: Closure) -> Probed:
-    """Stand where nobody can look at other parameters."""
-    raise RuntimeError("This rule looks at the losses at other parameters: it needs a closure.")
+def no_probe(*args: Any, **kwargs: Any) -> Probed:
+    """Stand where there are no parameters to look at."""
+    raise RuntimeError("There are no other parameters here at which losses could be looked at.")
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Context:
         stats: What a rule wants to be seen by diagnostics, such as a solver's residual.
         slopes: Gradients for the rule's ``learned`` tensors, by name.
         lr: Learning rate of the ``learned`` tensors, for rules that step them themselves.
+        base_lr: Learning rate of the model.
         cross: Inner products between the task gradients of several batches, shape
             ``[b, b, m, m]``, that of the step first; None with one batch. For Gram rules.
         more: The further batches, for gradient rules: task gradients, or closures.
@@ -84,7 +85,8 @@ class Context:
         gram: Computes the Gram matrix of rows, summed over parameters, where rules solve.
         total: Sums vectors of shape ``[m]``, one per parameter, there.
         probe: ``probe(direction, lr, closure)`` evaluates a closure's losses at
-            ``parameters - lr * direction`` and differentiates each; everything is as before then.
+            ``parameters - lr * direction`` and differentiates each, or with ``weights=``, shape
+            ``[k, m]``, sums of them; everything is as before then.
     """
 
     losses: Tensor
@@ -100,13 +102,14 @@ class Context:
     stats: dict[str, Any] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     lr: float | Tensor = 0.0
+    base_lr: float | Tensor = 0.0
     cross: Tensor | None = None
     more: Sequence[Rows | Closure] = ()
     buffers: list[State] = field(default_factory=list)
     present: Tensor | None = None
     gram: Callable[[Sequence[Tensor]], Tensor] = total_gram
     total: Callable[[Sequence[Tensor]], Tensor] = total_vector
-    probe: Callable[[Sequence[Tensor], float | Tensor, Closure], Probed] = no_probe
+    probe: Callable[..., Probed] = no_probe
 
     def uniform(self, index: int, like: Tensor) -> Tensor:
         """Draw from U(0, 1), elementwise, for the parameter of this index.

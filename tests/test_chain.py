@@ -16,8 +16,11 @@ from gradbal import MTLOptimizer, aggregate, make_rule
 from gradbal.chain import Chain, GradientChain, GramChain, LossChain, chain
 from gradbal.decision import MODEL
 from gradbal.registry import RULES
-from gradbal.rule import Claim, GradientRule, Rule
-from gradbal.transforms import TRANSFORMS, LogLosses, Normalize, Smooth, Transform
+from gradbal.rule import Claim, Rule
+from gradbal.transforms import TRANSFORMS, LogLosses, Momentum, Normalize, Smooth, Transform
+
+CHAINABLE = [name for name in RULES if min(RULES[name].rule.batches) == 1]
+
 
 L3 = [0.5, 2.0, 1.0]
 
@@ -92,29 +95,16 @@ def test_smoothing_without_a_past_changes_nothing(rule: str) -> None:
 # ---------------------------------------------------------------------------- what they compute
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("gls", "graddrop")])
+@pytest.mark.parametrize("rule", [name for name in CHAINABLE if name != "gls"])
 def test_log_losses_is_giving_the_logarithms(rule: str) -> None:
     ours, theirs = train(chain("log_losses", rule), logs=False), train(rule, logs=True)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_log_losses_leaves_the_heads_of_elementwise_rules_plain() -> None:
-    ours = train(chain("log_losses", "graddrop"), logs=False, n_steps=1)
-    theirs, plain = (train("graddrop", logs=logs, n_steps=1) for logs in (True, False))
-    torch.testing.assert_close(ours[0], theirs[0])
-    for a, b in zip(ours[1:], plain[1:], strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize(
     ("rule", "by"),
-    [
-        (name, by)
-        for name, entry in RULES.items()
-        for by in ("l2", "loss", "loss+")
-        if by == "loss" or not issubclass(entry.rule, GradientRule)
-    ],
+    [(name, by) for name in CHAINABLE for by in ("l2", "loss", "loss+")],
 )
 def test_normalize_is_giving_divided_gradients(rule: str, by: str) -> None:
     jacobian, losses = normal(3, 5, seed=4) * rows([[1], [20], [0.1]]), losses_for(3)
@@ -180,7 +170,7 @@ def test_kinds() -> None:
 
 def test_attributes_are_those_of_the_parts() -> None:
     names = ("scale", "heads", "learned", "learner", "learned_lr", "after", "per_task", "observes")
-    for name in RULES:
+    for name in CHAINABLE:
         rule = make_rule(name)
         link = chain("log_losses", rule)
         assert [getattr(link, n) for n in names] == [getattr(rule, n) for n in names]
@@ -192,7 +182,7 @@ def test_attributes_are_those_of_the_parts() -> None:
 
 
 def test_learned_tensors_learn() -> None:
-    for name in (name for name, entry in RULES.items() if entry.rule.learned):
+    for name in (name for name in CHAINABLE if RULES[name].rule.learned):
         model = TwoHeads()
         rule = chain("log_losses", "smooth", name)
         mtl_opt = MTLOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), rule, tasks=2)
@@ -201,6 +191,31 @@ def test_learned_tensors_learn() -> None:
         for learned in rule.learned:
             value = mtl_opt.core.state[MODEL][learned]
             assert not torch.equal(value, rule.init(torch.zeros(2))[learned].double())
+
+
+def test_momentum_is_the_corrected_average() -> None:
+    state, average = None, torch.zeros(3, 5, dtype=torch.float64)
+    for step in range(1, 5):
+        jacobian = normal(3, 5, seed=step)
+        average = 0.8 * average + 0.2 * jacobian
+        ours = aggregate(jacobian, chain(Momentum(beta=0.8), "mgda"), state=state)
+        theirs = aggregate(average / (1 - 0.8**step), "mgda")
+        torch.testing.assert_close(ours.direction, theirs.direction, rtol=1e-9, atol=1e-12)
+        state = ours.state
+
+
+def test_momentum_of_log_losses_smoothed_inside() -> None:
+    state, average, weights = None, torch.zeros(3, 5, dtype=torch.float64), None
+    for step in range(1, 4):
+        jacobian, losses = normal(3, 5, seed=step), losses_for(3, seed=step)
+        average = 0.9 * average + 0.1 * jacobian / losses[:, None]
+        rows_now = average / (1 - 0.9**step)
+        newest = aggregate(rows_now, "mgda").weights
+        weights = newest if weights is None else 0.9 * weights + 0.1 * newest
+        rule = chain("log_losses", "momentum", "smooth", "mgda")
+        ours = aggregate(jacobian, rule, losses=losses, state=state)
+        torch.testing.assert_close(ours.direction, rows_now.T @ weights, rtol=1e-9, atol=1e-12)
+        state = ours.state
 
 
 def test_a_rule_that_observes_sees_the_logarithms() -> None:
@@ -318,11 +333,11 @@ def test_claims() -> None:
         (
             ("log_loses", "mgda"),
             "chain: unknown transform 'log_loses'. Did you mean 'log_losses'? "
-            "Known: log_losses, normalize, smooth.",
+            "Known: log_losses, momentum, normalize, smooth.",
         ),
         (
             ("mgda", "smooth"),
-            "Unknown rule 'smooth'. `gradbal.rule_names()` lists all of them.",
+            "chain: 'smooth' is a transform, and the rule comes last; change their order.",
         ),
         (
             (3, "mgda"),
@@ -336,13 +351,18 @@ def test_claims() -> None:
         ),
         (
             ("smooth", "graddrop"),
-            "chain: Smooth(alpha=0.9) needs weights to work on, and GradDrop works entry by "
-            "entry; choose a rule with weights or leave the transform out.",
+            "chain: Smooth(alpha=0.9) needs weights to work on, and GradDrop behind it makes a "
+            "direction entry by entry; change their order or leave one out.",
         ),
         (
-            ("normalize", "graddrop"),
-            "chain: Normalize(by='l2') needs norms of whole gradients, and GradDrop works entry "
-            "by entry; choose a rule with weights or leave the transform out.",
+            ("smooth", "momentum", "mgda"),
+            "chain: Smooth(alpha=0.9) needs weights to work on, and Momentum behind it makes a "
+            "direction entry by entry; change their order or leave one out.",
+        ),
+        (
+            ("log_losses", "forum"),
+            "chain: FORUM looks at several batches, and a transform knows the losses of the first "
+            "alone; use the rule without transforms.",
         ),
     ],
 )

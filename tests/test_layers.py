@@ -160,7 +160,8 @@ def test_a_step_pulls_in_nothing_heavy_either() -> None:
         "import sys, torch, gradbal; model = torch.nn.Linear(2, 3);\n"
         "for rule in gradbal.rule_names():\n"
         "    opt = gradbal.MTLOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), rule)\n"
-        "    opt.step(list(model(torch.ones(1, 2)).square().sum(0)))\n"
+        "    losses = lambda: list(model(torch.ones(1, 2)).square().sum(0))\n"
+        "    opt.step(losses(), *[losses] * (min(opt.rule.batches) - 1))\n"
         f"print([m for m in {HEAVY!r} if m in sys.modules])"
     )
     done = subprocess.run(

@@ -11,5 +11,7 @@ from gradbal.solvers.reference import cvxpy_cagrad as cvxpy_cagrad
 from gradbal.solvers.reference import cvxpy_min_norm as cvxpy_min_norm
 from gradbal.solvers.reference import cvxpy_nash as cvxpy_nash
 from gradbal.solvers.reference import cvxpy_nonnegative_qp as cvxpy_nonnegative_qp
+from gradbal.solvers.simplex import project_simplex as project_simplex
+from gradbal.solvers.simplex_qp import simplex_qp as simplex_qp
 from gradbal.solvers.solution import Solution as Solution
 from gradbal.solvers.spectral import symmetric_eigen as symmetric_eigen

@@ -15,8 +15,8 @@ from gradbal.transforms.transform import Transform
 class LogLosses(Transform):
     r"""Let the rule balance :math:`\log L_i`, whose gradients are :math:`g_i / L_i`.
 
-    The same as giving ``MTLOptimizer`` the logarithms, heads included (the heads of elementwise
-    rules alone stay plain). No task's unit matters any more. All losses must be positive.
+    The same as giving ``MTLOptimizer`` the logarithms, heads included. No task's unit matters any
+    more. All losses must be positive.
 
     Source:
         The scale-invariant baseline of Navon et al., ICML 2022, as a transform for every rule.

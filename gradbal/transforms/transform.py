@@ -1,5 +1,6 @@
 """The contract of a transform: what stands between the task gradients and a rule."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,6 +15,7 @@ class Transform:
         needs_losses: Whether the transform looks at the losses.
         needs_norms: Whether it looks at the norms of the task gradients.
         needs_weights: Whether it works on weights, which elementwise rules do not have.
+        tracks: Whether it replaces the task gradients by others of the same shape.
         on_heads: Whether heads, too, get their gradients divided by :meth:`sizes`, because it is
             the loss itself that is transformed.
     """
@@ -21,11 +23,28 @@ class Transform:
     needs_losses: bool = False
     needs_norms: bool = False
     needs_weights: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     on_heads: ClassVar[bool] = False
 
     def init(self, losses: Tensor) -> State:
         """Make every tensor that the transform keeps, as :meth:`gradbal.rule.Rule.init` does."""
         return {}
+
+    def buffers(self, rows: Tensor) -> State:
+        """Make what is kept for one parameter, as ``GradientRule.buffers`` does."""
+        return {}
+
+    def track(
+        self, rows: Sequence[Tensor], kept: Sequence[State], state: State
+    ) -> Sequence[Tensor]:
+        """Return other task gradients.
+
+        Args:
+            rows: One tensor of shape ``[m, *shape]`` per parameter.
+            kept: The transform's own tensors for each, whose entries it may rebind.
+            state: Its other tensors, too.
+        """
+        return rows
 
     def see(self, ctx: Context) -> Context:
         """Return the context that the rule gets; ``ctx`` itself is not changed."""
