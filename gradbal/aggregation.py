@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,8 @@ from gradbal.rule import (
     State,
     WeightRule,
     Weights,
-    mix,
 )
-from gradbal.state import new_state
+from gradbal.state import state_like
 
 Elsewhere = Callable[[Tensor], tuple[Tensor, Tensor]]  # displacement [n] -> losses [m], rows [m, n]
 
@@ -82,9 +81,12 @@ def aggregate(
     """
     rule = make_rule(rule)
     jacobian, values = _check(jacobian, rule, losses, more)
-    found = [jacobian, *(rows.detach() for rows in more if isinstance(rows, Tensor))]
     gram = None
-    if not isinstance(rule, LossRule):
+    if isinstance(rule, GradientRule):
+        _check_rows(jacobian)
+        values = values.cpu()
+    elif not isinstance(rule, LossRule):
+        found = [jacobian, *(rows.detach() for rows in more if isinstance(rows, Tensor))]
         gram, values = _host_gram(found), values.cpu()
     ctx = _context(rule, jacobian, values, state, generator)
     if isinstance(rule, GradientRule):
@@ -94,17 +96,18 @@ def aggregate(
     elif gram is None:
         result = _ask(rule, values, ctx)
     else:
-        m = len(jacobian)
         if more:
+            m = len(jacobian)
             ctx.cross = gram.view(len(found), m, len(found), m).transpose(1, 2)
-        result = _ask(rule, gram[:m, :m], ctx)
+            gram = ctx.cross[0, 0]
+        result = _ask(rule, gram, ctx)
     kept = _kept(rule, ctx)
     if isinstance(result, Weights):
         result = result.shared
     if isinstance(result, Tensor):
-        weights = result.to(jacobian.device)
-        direction = combine(jacobian, weights)
-        return Aggregation(direction, weights.to(jacobian.dtype), ctx.stats, kept)
+        weights = result.to(jacobian)
+        precise = weights if jacobian.dtype in (torch.float32, torch.float64) else result
+        return Aggregation(combine(jacobian, precise), weights, ctx.stats, kept)
     shared = result.shared if isinstance(result, Direction) else result
     return Aggregation(shared[0].to(jacobian.dtype), None, ctx.stats, kept)
 
@@ -140,8 +143,9 @@ def _context(
     """Show the rule what it remembers, and the losses if it has waited for them."""
     values = losses.tolist()
     _check_finite(values)
+    step, seed, buffers = 0, 0, State()
     if state is None:
-        state = {"step": 0, "tensors": _first(rule, losses), "buffers": {}}
+        tensors = state_like(rule, rule.learner or "adam", losses)
     elif state.get("rule") != rule.kind:
         raise ValueError(
             f"aggregate: `state` belongs to the rule {state.get('rule')}, this one is {rule.kind}; "
@@ -152,22 +156,22 @@ def _context(
             f"aggregate: `state` belongs to {state['tasks']} tasks, the Jacobian has {len(values)} "
             "rows; pass None to start anew."
         )
-    step, buffers = state["step"], dict(state["buffers"])
-    if generator is None:
-        seed, generator = 0, torch.Generator().manual_seed(mix(0, step))
     else:
+        step, buffers = state["step"], dict(state["buffers"])
+        tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+    if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator))
     if isinstance(rule, GradientRule):
         buffers = buffers or rule.buffers(jacobian)
         _check_width(buffers, jacobian)
     ctx = Context(
         losses=losses,
-        state={name: tensor.clone() for name, tensor in state["tensors"].items()},
-        generator=generator,
+        state=tensors,
+        source=generator,
         step=step,
         seed=seed,
         values=values,
-        names=tuple(map(str, range(len(values)))),
+        names=_names(len(values)),
         eps=_EPS[jacobian.dtype],
         lr=rule.learned_lr or LEARNED_LR,
         base_lr=LEARNED_LR,
@@ -183,6 +187,11 @@ def _context(
     return ctx
 
 
+@cache
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
 def _check_width(buffers: State, jacobian: Tensor) -> None:
     for tensor in buffers.values():
         if tensor.shape[-1] != jacobian.shape[1]:
@@ -190,11 +199,6 @@ def _check_width(buffers: State, jacobian: Tensor) -> None:
                 f"aggregate: `state` belongs to {tensor.shape[-1]} parameters, the Jacobian has "
                 f"{jacobian.shape[1]} columns; pass None to start anew."
             )
-
-
-def _first(rule: Rule, losses: Tensor) -> State:
-    """Return the rule's tensors as they are at first."""
-    return new_state(rule, rule.learner or "adam", len(losses), losses.device)
 
 
 def _learn(rule: Rule, ctx: Context) -> None:
@@ -210,7 +214,7 @@ def _kept(rule: Rule, ctx: Context) -> dict[str, Any]:
     _learn(rule, ctx)
     return {
         "rule": rule.kind,
-        "tasks": len(ctx.losses),
+        "tasks": ctx.losses.shape[0],
         "step": ctx.step + 1,
         "tensors": ctx.state,
         "buffers": ctx.buffers[0],
@@ -230,10 +234,15 @@ def _probe(
 
 
 _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
-_EPS = {
-    dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _KINDS}
+_EPS = {dtype: torch.finfo(kind).eps for dtype, kind in _WIDE.items()}
+
+
+def _check_rows(jacobian: Tensor) -> None:
+    total = jacobian.sum(dtype=_WIDE[jacobian.dtype])  # one that is not finite shows in it
+    if not math.isfinite(total.item()):
+        _check_finite(jacobian.abs().amax(dim=1).tolist())
 
 
 def _check_finite(numbers: Sequence[float]) -> None:
@@ -269,7 +278,7 @@ def _check(
                 f"aggregate: {type(rule).__name__} looks at the losses; pass `losses=`, one per "
                 "row."
             )
-        return jacobian.detach(), jacobian.new_ones(len(jacobian), dtype=torch.float64)
+        return jacobian.detach(), jacobian.new_ones(jacobian.shape[0], dtype=torch.float64)
     try:
         values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -58,7 +58,7 @@ def chain(*links: str | Transform | Rule) -> Rule:
         raise ValueError(
             f"chain: {links[-1]!r} is a transform, and the rule comes last; change their order."
         )
-    rule = make_rule(links[-1])  # type: ignore[arg-type]  # it tells what is wrong
+    rule = make_rule(links[-1])
     transforms = tuple(_make_transform(link) for link in links[:-1])
     if isinstance(rule, Chain):
         transforms, rule = (*transforms, *rule.transforms), rule.rule

@@ -144,7 +144,7 @@ class Core:
             losses=losses,
             present=present,
             state={n: part(t, self.axes[n], some) for n, t in self.state[group].items()},
-            generator=self.generator,
+            source=self.generator,
             step=self.solved,
             seed=self.seed,
             epoch=self.epoch,

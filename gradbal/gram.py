@@ -66,7 +66,8 @@ def total_gram(rows: Sequence[Tensor], *, host: bool = False) -> Tensor:
 def total_vector(parts: Sequence[Tensor], *, host: bool = False) -> Tensor:
     """Sum vectors of one shape in float64, brought to the host if asked for."""
     device = torch.device("cpu") if host else parts[0].device
-    return torch.stack([part.to(device, torch.float64) for part in parts]).sum(dim=0)
+    moved = [part.to(device, torch.float64) for part in parts]
+    return moved[0] if len(moved) == 1 else torch.stack(moved).sum(dim=0)
 
 
 def _sum_of_grams(rows: Sequence[Tensor], device: torch.device, *, scaled: bool) -> Tensor:
@@ -112,13 +113,13 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         weights: Shape ``[m]``, float64, on the device of ``rows``.
         out: Where to write, shape ``[n]``; None for a new tensor.
     """
+    if _is_plain(rows):
+        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
     if out is None:
         out = rows.new_empty(rows.shape[1])
     if rows.is_complex():
         combine(torch.view_as_real(rows).flatten(1), weights, torch.view_as_real(out).flatten())
         return out
-    if _is_plain(rows):
-        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
     for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
         part.copy_(torch.mv(chunk.float().T, weights.float()))
     return out

@@ -62,8 +62,7 @@ class Context:
         losses: Losses of the present tasks, shape ``[m]``.
         state: The rule's tensors, restricted to the present tasks; a working copy that is
             kept only when the step succeeds, so a rule may change or rebind its entries.
-        generator: The only source of randomness, on the CPU; with ``capturable`` on the device
-            of the signal.
+        source: What :attr:`generator` gives; None for one that depends on seed and step alone.
         step: Solves done before this one.
         seed: Seed of :meth:`uniform`.
         capturable: Whether nothing may be read back from the device.
@@ -91,7 +90,7 @@ class Context:
 
     losses: Tensor
     state: State
-    generator: torch.Generator
+    source: torch.Generator | None = None
     step: int = 0
     seed: int = 0
     capturable: bool = False
@@ -111,6 +110,13 @@ class Context:
     total: Callable[[Sequence[Tensor]], Tensor] = total_vector
     probe: Callable[..., Probed] = no_probe
 
+    @property
+    def generator(self) -> torch.Generator:
+        """The only source of randomness, on the CPU; with ``capturable`` on the signal's device."""
+        if self.source is None:  # made when it is asked for: most rules never do
+            self.source = torch.Generator().manual_seed(mix(self.seed, self.step))
+        return self.source
+
     def uniform(self, index: int, like: Tensor) -> Tensor:
         """Draw from U(0, 1), elementwise, for the parameter of this index.
 
@@ -125,9 +131,10 @@ class Context:
             Tensor of the shape of ``like``, float32 or wider.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        generator = self.generator
-        if not self.capturable:
-            generator = torch.Generator(like.device).manual_seed(mix(self.seed, self.step, index))
+        if self.capturable:
+            return torch.rand(like.shape, generator=self.generator, dtype=dtype, device=like.device)
+        seed = mix(self.seed, self.step, index)
+        generator = torch.Generator(like.device).manual_seed(seed)
         return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
 
 

@@ -18,8 +18,14 @@ def new_state(rule: Rule, learner: str, n_tasks: int, device: torch.device) -> S
         ValueError: If an option has not one number per task.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    losses = torch.zeros(n_tasks, dtype=dtype, device=device)
-    state = rule.init(losses)
+    return state_like(rule, learner, torch.zeros(n_tasks, dtype=dtype, device=device))
+
+
+def state_like(rule: Rule, learner: str, losses: Tensor) -> State:
+    """Make the same, sized for these losses, of which only shape, dtype and device are used."""
+    n_tasks, state = losses.shape[0], rule.init(losses)
+    if not (rule.per_task or rule.learned):
+        return state
     for name, values in per_task_options(rule, n_tasks).items():
         state[name] = losses.new_tensor(values)
     for name in rule.learned:

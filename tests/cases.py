@@ -1,9 +1,14 @@
 """Awkward task gradients, float64, and losses to go with them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradbal import aggregate
+from gradbal.aggregation import Aggregation
+from gradbal.rule import GradientRule, Rule
 
 J2 = [[1, 0, 1], [-3, 1, 0]]
 J3 = [[2, 1, 0, -1], [-1, 3, 1, 0], [0, -4, 2, 6]]
@@ -98,3 +103,15 @@ FEW = {
         "conflicting, m=8",
     )
 }
+
+
+def further(rule: Rule, jacobian: Tensor, losses: Tensor) -> list[Any]:
+    """Further batches for rules that cannot do without: all alike, wherever one looks."""
+    probes = isinstance(rule, GradientRule) and rule.probes
+    return [(lambda shift: (losses, jacobian)) if probes else jacobian] * (min(rule.batches) - 1)
+
+
+def combine(jacobian: Tensor, rule: Rule, losses: Tensor, state: Any = None) -> Aggregation:
+    """Aggregate, also by rules that look at several batches."""
+    more = further(rule, jacobian, losses)
+    return aggregate(jacobian, rule, losses=losses, more=more, state=state)

@@ -12,6 +12,8 @@ from gradbal.gram import wide
 from gradbal.registry import register
 from gradbal.rule import Claim, Context, GradientRule, Heads, Scale, State
 
+TINY = 2.0**-126  # under the root: the smallest normal number of float32
+
 
 @register(
     "excess_mtl",
@@ -55,31 +57,36 @@ class ExcessMTL(GradientRule):
         checks.one_of(self, ("sum", "mean"), reduction=self.reduction)
 
     def init(self, losses: Tensor) -> State:
-        return {name: torch.zeros_like(losses) for name in ("log_weights", "reference", "steps")}
+        names = ("log_weights", "steps", "reference", "rate")
+        return {name: torch.zeros_like(losses) for name in names}
 
     def buffers(self, rows: Tensor) -> State:
         return {"squares": torch.zeros_like(rows, dtype=wide(rows))}
 
     def direction(self, grads: Sequence[Tensor], indices: Sequence[int], ctx: Context) -> Tensor:
-        excess = self._excess(grads, ctx)
-        state, steps = ctx.state, ctx.state["steps"]
+        excess, state = self._excess(grads, ctx), ctx.state
+        moved = state["log_weights"] + excess * state["rate"]
+        state["log_weights"] = torch.log_softmax(moved, dim=0)
+        if ctx.capturable or min(state["steps"].tolist()) < self.warmup:
+            self._learn_reference(excess, state)
+        total = 1 if self.reduction == "mean" else excess.shape[0]
+        return total * state["log_weights"].exp()
+
+    def _learn_reference(self, excess: Tensor, state: State) -> None:
+        """Average the first estimates; weights move once the average stands."""
+        steps, reference = state["steps"], state["reference"]
         learning = (steps < self.warmup) & (excess > 0)
-        total = state["reference"] * steps + excess
-        state["reference"] = (total / (steps + 1)).where(learning, state["reference"])
-        known = ~learning & (steps > 0)
-        ratio = excess / state["reference"].where(known, 1)
-        moved = state["log_weights"] + (self.step_size * ratio).where(known, 0)
-        state["log_weights"] = moved - moved.amax()
-        state["steps"] = steps + learning
-        weights = torch.softmax(moved, dim=0)
-        return weights if self.reduction == "mean" else len(weights) * weights
+        mean = reference + (excess - reference) / (steps + 1)
+        state["reference"] = reference = torch.where(learning, mean, reference)
+        state["steps"] = steps = steps + learning
+        state["rate"] = self.step_size / reference.where(steps >= self.warmup, torch.inf)
 
     def _excess(self, grads: Sequence[Tensor], ctx: Context) -> Tensor:
         """Return the estimated excess risks, and remember the squares."""
         parts = []
         for kept, grad in zip(ctx.buffers, grads, strict=True):
             squares = grad.to(kept["squares"].dtype).square()
-            total = kept["squares"] + squares
-            parts.append((squares / total.sqrt().where(total > 0, 1)).flatten(1).sum(dim=1))
-            kept["squares"] = total
+            kept["squares"] = total = kept["squares"] + squares
+            inverse = total.clamp(min=TINY).rsqrt_()
+            parts.append(torch.linalg.vecdot(squares.flatten(1), inverse.flatten(1)))
         return ctx.total(parts)

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gradbal import checks
+from gradbal.gram import wide
 from gradbal.registry import register
 from gradbal.rule import Claim, Context, GradientRule, Scale
+
+CHUNK = 2**15  # entries worked on at a time
 
 
 @register(
@@ -45,9 +49,16 @@ class GradDrop(GradientRule):
         return [self._drop(*pair, ctx) for pair in zip(grads, indices, strict=True)]
 
     def _drop(self, grad: Tensor, index: int, ctx: Context) -> Tensor:
-        total = grad.sum(dim=0)
-        up = grad.clamp(min=0).sum(dim=0)
-        down = up - total
-        keeps_up = ctx.uniform(index, total) * (up + down) < up
-        kept = up.where(keeps_up, -down)
-        return kept.lerp(total, self.leak) if self.leak else kept
+        rows, dtype = grad.flatten(1), wide(grad)
+        draws = ctx.uniform(index, rows[0])
+        out, ones = torch.empty_like(draws), draws.new_ones(len(rows))
+        pieces = (torch.split(part, CHUNK, dim=-1) for part in (rows, draws, out))
+        for piece, draw, kept in zip(*pieces, strict=True):  # small enough to stay in the cache
+            piece = piece.to(dtype)
+            total, up = ones @ piece, ones @ piece.clamp(min=0)
+            down = total - up
+            keeps_up = (draw * (up - down)).lt_(up)
+            torch.lerp(down, up, keeps_up, out=kept)
+            if self.leak:
+                kept.lerp_(total, self.leak)
+        return out.view(grad.shape[1:])

@@ -83,7 +83,9 @@ class MoCo(GradientRule):
         step = self.gamma / (ctx.step + 1) ** self.gamma_sigma
         weights = ctx.state["weights"]
         slope = ctx.gram(rows) @ weights + self.rho * weights
-        ctx.state["weights"] = weights = project_simplex(weights - step * slope)
+        ctx.state["weights"] = weights = project_simplex(
+            weights - step * slope, capturable=ctx.capturable
+        )
         ctx.stats["weights"] = weights
         return combined(weights, rows)
 

@@ -52,7 +52,9 @@ class MoDo(GramRule):
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
         weights = ctx.state["weights"]
         slope = independent(gram, ctx) @ weights + self.rho * weights
-        ctx.state["weights"] = project_simplex(weights - self.gamma * slope)
+        ctx.state["weights"] = project_simplex(
+            weights - self.gamma * slope, capturable=ctx.capturable
+        )
         return ctx.state["weights"]
 
 

@@ -38,6 +38,10 @@ class PCGrad(GramRule):
 
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
         m = len(gram)
+        if m == 2 and not ctx.capturable:  # in plain numbers, on the host faster than tensors
+            (first, product), (_, second) = gram.tolist()
+            lost = min(product, 0.0)
+            return gram.new_tensor([1 - lost / (square or 1) for square in (first, second)])
         coefficients = torch.eye(m, dtype=gram.dtype, device=gram.device)
         diagonal = gram.diagonal()
         for others in visits(m, self.order, ctx, gram.device):

@@ -80,19 +80,20 @@ class SDMGrad(GramRule):
             solution = min_norm(moved.T @ gram @ moved, capturable=ctx.capturable)
             ctx.stats["residual"], weights = solution.residual, solution.value
         else:
-            weights = self._descend(independent(gram, ctx), target, ctx.state["weights"])
+            weights = self._descend(independent(gram, ctx), target, ctx)
         ctx.state["weights"] = weights
         return (weights + self.lam * target) / (1 + self.lam)
 
-    def _descend(self, products: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    def _descend(self, products: Tensor, target: Tensor, ctx: Context) -> Tensor:
         """Follow the estimated gradient for some steps."""
         if self.lr is None:
             size, lr = torch.linalg.matrix_norm(products), 1.0  # at least the largest eigenvalue
         else:
             size, lr = products.diagonal().clamp(min=0).sqrt().mean() ** 2, self.lr
         products = products / size.where(size > 0, 1)
+        weights = ctx.state["weights"]
         speed = torch.zeros_like(weights)
         for _ in range(self.n_iter):
             speed = self.momentum * speed + products @ (weights + self.lam * target)
-            weights = project_simplex(weights - lr * speed)
+            weights = project_simplex(weights - lr * speed, capturable=ctx.capturable)
         return weights

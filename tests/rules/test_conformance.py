@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, JACOBIANS, losses_for, normal, seeded
+from cases import FEW, JACOBIANS, combine, losses_for, normal, seeded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbal import aggregate, make_rule
+from gradbal import make_rule
 from gradbal.aggregation import Aggregation
 from gradbal.chain import Chain, chain
 from gradbal.core import Core
@@ -56,17 +56,6 @@ PROMISES = [
 ]
 
 # ---------------------------------------------------------------------------- one step
-
-
-def more_for(rule: Rule, jacobian: Tensor, losses: Tensor) -> list[Any]:
-    """Further batches for rules that cannot do without: all alike, wherever one looks."""
-    probes = isinstance(rule, GradientRule) and rule.probes
-    return [(lambda shift: (losses, jacobian)) if probes else jacobian] * (min(rule.batches) - 1)
-
-
-def combine(jacobian: Tensor, rule: Rule, losses: Tensor, state: Any = None) -> Aggregation:
-    more = more_for(rule, jacobian, losses)
-    return aggregate(jacobian, rule, losses=losses, more=more, state=state)
 
 
 @dataclass
@@ -366,7 +355,7 @@ def test_no_operation_depends_on_data(name: str, m: int) -> None:
         losses = torch.empty(m, dtype=torch.float64)
         state = core._new_state(m, losses.device)
         generator = torch.Generator()
-        ctx = Context(losses=losses, state=state, generator=generator, capturable=True)
+        ctx = Context(losses=losses, state=state, source=generator, capturable=True)
         jacobian = torch.empty(m, 5, dtype=torch.float64)
         ctx.buffers, ctx.present = core.buffers_for({0: jacobian}, range(m)), torch.arange(m)
         elementwise = isinstance(rule, GradientRule) and not rule.weighted

@@ -18,7 +18,7 @@ def draws(m: int) -> Tensor:
     rule = RULES["rlw"].rule()
     assert isinstance(rule, LossRule)
     losses = torch.ones(m, dtype=torch.float64)
-    ctx = Context(losses=losses, state={}, generator=seeded(m))
+    ctx = Context(losses=losses, state={}, source=seeded(m))
     found = [rule.weights(losses, ctx) for _ in range(DRAWS)]
     assert all(isinstance(weights, Tensor) for weights in found)
     return torch.stack(found)  # type: ignore[arg-type]  # checked one line above
