@@ -87,6 +87,5 @@ class ExcessMTL(GradientRule):
         for kept, grad in zip(ctx.buffers, grads, strict=True):
             squares = grad.to(kept["squares"].dtype).square()
             kept["squares"] = total = kept["squares"] + squares
-            inverse = total.clamp(min=TINY).rsqrt_()
-            parts.append(torch.linalg.vecdot(squares.flatten(1), inverse.flatten(1)))
+            parts.append(total.clamp(min=TINY).rsqrt_().mul_(squares).flatten(1).sum(dim=1))
         return ctx.total(parts)

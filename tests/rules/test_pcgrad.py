@@ -1,6 +1,5 @@
 """PCGrad and GradVac against slow versions on the vectors, in whatever order tasks are visited."""
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -23,7 +22,7 @@ MATRICES = {
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Whom each task visited, one tensor per call."""
     found: list[Tensor] = []
     original = pcgrad.visits
@@ -34,7 +33,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
     monkeypatch.setattr(pcgrad, "visits", recording)
     monkeypatch.setattr(gradvac, "visits", recording)
-    yield found
+    return found
 
 
 def orders_of(visits: Tensor) -> list[list[int]]:
