@@ -73,11 +73,10 @@ def undisturbed() -> Iterator[None]:
             yield
     finally:
         handle.remove()
-        with torch.no_grad():
-            for module, buffers in saved.items():
-                for name, (buffer, old) in buffers.items():
-                    setattr(module, name, buffer)
-                    buffer.copy_(old)
+        for module, buffers in saved.items():
+            for name, (buffer, old) in buffers.items():
+                setattr(module, name, buffer)
+                buffer.data.copy_(old)  # without a new version: a graph may have saved it
 
 
 def _devices() -> list[int]:

@@ -238,6 +238,13 @@ class Flow:
     def _read_more(self, batch: Batch, call: Call) -> list[Batch | Closure]:
         """Bring further batches into form; closures stay for rules that look ahead."""
         core, found = self.core, []
+        if not call.more and max(core.rule.batches) > 1:
+            self.descent.tell_once(
+                "one batch",
+                f"{type(core.rule).__name__} can compare independent batches and got one, which "
+                "biases its weights; pass their losses as `step(losses, second)` or "
+                "`step(losses, second, third)`.",
+            )
         for more in call.more:
             if callable(more) and getattr(core.rule, "probes", False):
                 found.append(more)
