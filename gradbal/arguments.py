@@ -67,7 +67,7 @@ class Options:
                 f'{OWNER}: solver="cvxpy" runs on the host, so it cannot be captured; leave '
                 "`capturable` or the solver out."
             )
-        if isinstance(rule, GradientRule) and isinstance(base, torch.optim.LBFGS):
+        if not getattr(rule, "weighted", True) and isinstance(base, torch.optim.LBFGS):
             raise ValueError(
                 f"{OWNER}: {type(rule).__name__} has no weights that LBFGS could hold while it "
                 "evaluates the losses again; choose a rule with weights or another base optimizer."
@@ -93,7 +93,7 @@ class Options:
 
     def _check_rule(self, rule: Rule, engine: Engine) -> None:
         name = type(rule).__name__
-        elementwise = isinstance(rule, GradientRule) and not rule.weighted
+        elementwise = not getattr(rule, "weighted", True)
         refused = {
             "`update_every` > 1": elementwise and self.update_every > 1,
             '`heads="weighted"`': elementwise and self.heads == "weighted",

@@ -51,9 +51,23 @@ class StepRecord:
         if len(self.grams) == 1:
             ((group, gram),) = self.grams.items()
             out |= _gram_metrics([self.tasks[i] for i in self.members[group]], gram)
-            for name, value in self.stats.get(group, {}).items():
-                out[f"gradbal/{name}"] = torch.as_tensor(value)
+        if len(self.stats) == 1:
+            ((group, stats),) = self.stats.items()
+            out |= _flat_stats([self.tasks[i] for i in self.members[group]], stats)
         return out
+
+
+def _flat_stats(tasks: list[str], stats: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what a rule reports, one entry per task where it reports one number for each."""
+    out: dict[str, Tensor] = {}
+    for name, value in stats.items():
+        numbers = torch.as_tensor(value)
+        if numbers.ndim:
+            pairs = zip(tasks, numbers, strict=True)
+            out |= {f"gradbal/{name}/{task}": number for task, number in pairs}
+        else:
+            out[f"gradbal/{name}"] = numbers
+    return out
 
 
 def _gram_metrics(tasks: list[str], gram: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,8 @@ class Context:
         names: Names of the present tasks.
         values: The losses as Python numbers, or None with ``capturable``.
         eps: Relative rounding error of the Gram matrix, from the dtype of the gradients.
-        stats: What a rule wants to be seen by diagnostics, such as a solver's residual.
+        stats: What a rule wants to be seen by diagnostics, such as a solver's residual: 0-dim, or
+            one number per task.
         slopes: Gradients for the rule's ``learned`` tensors, by name.
         lr: Learning rate of the ``learned`` tensors, for rules that step them themselves.
         base_lr: Learning rate of the model.

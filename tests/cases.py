@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbal import aggregate
 from gradbal.aggregation import Aggregation
+from gradbal.registry import RULES, make_rule
 from gradbal.rule import GradientRule, Rule
 
 J2 = [[1, 0, 1], [-3, 1, 0]]
@@ -15,6 +16,9 @@ J3 = [[2, 1, 0, -1], [-1, 3, 1, 0], [0, -4, 2, 6]]
 JR = [[2, 0], [1, 1], [-1, 1]]
 JP = [[1, 2, 0, 1], [2, 1, 1, 0], [0.5, 1, 3, 1]]
 SIZES = (1, 2, 3, 8, 16)
+
+ONE_BATCH = tuple(name for name in RULES if min(RULES[name].rule.batches) == 1)
+WEIGHTED = tuple(name for name in ONE_BATCH if getattr(make_rule(name), "weighted", True))
 
 
 def rows(table: list[list[float]]) -> Tensor:
@@ -115,3 +119,8 @@ def combine(jacobian: Tensor, rule: Rule, losses: Tensor, state: Any = None) -> 
     """Aggregate, also by rules that look at several batches."""
     more = further(rule, jacobian, losses)
     return aggregate(jacobian, rule, losses=losses, more=more, state=state)
+
+
+def keeps_gradients(rule: Rule) -> bool:
+    """Say whether a rule's state grows with the parameters."""
+    return isinstance(rule, GradientRule) and bool(rule.buffers(torch.zeros(2, 1)))

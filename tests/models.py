@@ -153,8 +153,10 @@ def assert_same(
     found: Iterable[Tensor | None], wanted: Iterable[Tensor | None], tol: float = 1e-10
 ) -> None:
     """Compare tensors, or None, relative to the largest entry of all that is wanted."""
-    found = [None if grad is None else dense(grad.detach()) for grad in found]
-    wanted = [None if grad is None else dense(grad.detach()) for grad in wanted]
+    found, wanted = (
+        [None if grad is None else dense(grad.detach()).double() for grad in grads]
+        for grads in (found, wanted)
+    )
     sizes = [float(w.abs().max()) for w in wanted if w is not None and w.numel()]
     limit = tol * max([*sizes, 1e-30])
     assert [f is None for f in found] == [w is None for w in wanted]

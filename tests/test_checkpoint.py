@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH, WEIGHTED, keeps_gradients
 from models import Toy, frozen_copy, wrapped
 from torch.optim.lr_scheduler import StepLR
 
-from gradbal import MTLOptimizer, engines, make_rule, rule_names
+from gradbal import MTLOptimizer, engines, make_rule
+from gradbal.registry import RULES
+from gradbal.rule import LossRule
 
-ALL = pytest.mark.parametrize("rule", rule_names())
+ALL = pytest.mark.parametrize("rule", ONE_BATCH)
 KEYS = ["version", "rule", "tasks", "step", "generator", "state", "pending", "choice"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -23,10 +26,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {"groups": "tensor", "heads": "plain"},
     "weighted": {"heads": "weighted", "scale": "native"},
 }
+ELEMENTWISE = set(ONE_BATCH) - set(WEIGHTED)
 IMPOSSIBLE = {  # loss rules have one group; elementwise rules have no weights
-    "groups": {"ew", "uw", "dwa", "gls", "rlw", "famo", "imtl_l"},
-    "reused": {"graddrop"},
-    "weighted": {"graddrop"},
+    "groups": {name for name in ONE_BATCH if issubclass(RULES[name].rule, LossRule)},
+    "reused": ELEMENTWISE,
+    "weighted": ELEMENTWISE,
+    "representation": {name for name in ONE_BATCH if keeps_gradients(make_rule(name))},
 }
 
 
@@ -73,7 +78,7 @@ class Run:
 
 @pytest.mark.parametrize(
     ("rule", "option"),
-    [(r, o) for r in rule_names() for o in OPTIONS if r not in IMPOSSIBLE.get(o, ())],
+    [(r, o) for r in ONE_BATCH for o in OPTIONS if r not in IMPOSSIBLE.get(o, ())],
 )
 def test_stop_and_go_on(rule: str, option: str) -> None:
     straight, stopped = Run(rule, **OPTIONS[option]), Run(rule, **OPTIONS[option])

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH, WEIGHTED
 from models import Toy, assert_same, data, frozen_copy, grads, square, wrapped
 from torch import Tensor, nn
 
-from gradbal import MTLOptimizer, make_rule, rule_names
-from gradbal.registry import RULES
-from gradbal.rule import GradientRule
+from gradbal import MTLOptimizer, make_rule
 
-WITH_WEIGHTS = [n for n, e in RULES.items() if not issubclass(e.rule, GradientRule)]
-ALL = pytest.mark.parametrize("rule", rule_names())
+ALL = pytest.mark.parametrize("rule", ONE_BATCH)
 
 
 def lbfgs(model: nn.Module, rule: Any, max_iter: int = 5, **options: Any) -> MTLOptimizer:
@@ -77,7 +75,7 @@ def test_gradients_are_enabled_inside_closures() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("rule", WITH_WEIGHTS)
+@pytest.mark.parametrize("rule", WEIGHTED)
 def test_weights_are_held_while_lbfgs_evaluates(rule: str) -> None:
     model = Toy()
     optimizer = lbfgs(model, rule)

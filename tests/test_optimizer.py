@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH
 from models import (
     Fixed,
     Toy,
@@ -23,9 +24,9 @@ from models import (
 )
 from torch import Tensor, nn
 
-from gradbal import MTLOptimizer, engines, make_rule, rule_names
+from gradbal import MTLOptimizer, engines, make_rule
 
-ALL = pytest.mark.parametrize("rule", rule_names())
+ALL = pytest.mark.parametrize("rule", ONE_BATCH)
 
 
 def test_the_two_lines_of_the_readme() -> None:

@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH
 from models import Toy, assert_same, frozen_copy, grads, lone_rows, wrapped
 from test_semantics_nonfinite import Overflow, spoiled
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from gradbal import MTLOptimizer, rule_names
+from gradbal import MTLOptimizer
 
-ALL = pytest.mark.parametrize("rule", rule_names())
+ALL = pytest.mark.parametrize("rule", ONE_BATCH)
 ENGINES = pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])
 
 

@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH, WEIGHTED
 from models import Toy, assert_same, everything, frozen_copy, grads, wrapped
 from torch import Tensor
 
-from gradbal import MTLOptimizer, rule_names
+from gradbal import MTLOptimizer
 from gradbal.registry import RULES
 from gradbal.rule import LossRule
 
 NAN, INF = float("nan"), float("inf")
-ALL = pytest.mark.parametrize("rule", rule_names())
-BY_GRADIENT = [name for name, entry in RULES.items() if not issubclass(entry.rule, LossRule)]
+ALL = pytest.mark.parametrize("rule", ONE_BATCH)
+BY_GRADIENT = [name for name in ONE_BATCH if not issubclass(RULES[name].rule, LossRule)]
 HINT = (
     " is not finite; nothing was changed. Look for the cause with "
     'torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" to leave such steps out.'
@@ -42,7 +43,7 @@ def spoiled(model: Toy, batch: int, how: str) -> dict[str, Tensor]:
 
 SPOILED = [  # rules on losses test the losses, unless gradients are formed for plain heads
     (rule, how, heads)
-    for rule in rule_names()
+    for rule in ONE_BATCH
     for how in ("nan", "inf", "gradient")
     for heads in ("plain", None)
     if how != "gradient" or rule in BY_GRADIENT or heads
@@ -161,7 +162,7 @@ def test_propagate_keeps_the_state_of_rules_on_gradients(rule: str) -> None:
     assert frozen_copy(optimizer.core.state_dict()["state"]["groups"]) == before["groups"]
 
 
-@pytest.mark.parametrize("rule", sorted({*rule_names()} - {"graddrop"}))  # has no weights
+@pytest.mark.parametrize("rule", WEIGHTED)
 def test_reused_weights_test_the_losses(rule: str) -> None:
     model = Toy()
     optimizer = wrapped(model, rule, update_every=3)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from cases import ONE_BATCH
 from models import (
     Counted,
     Fixed,
@@ -21,8 +22,7 @@ from models import (
 )
 from torch import Tensor
 
-from gradbal import MTLOptimizer, aggregate, make_rule, rule_names
-from gradbal.registry import RULES
+from gradbal import MTLOptimizer, aggregate, make_rule
 from gradbal.rule import Context, GradientRule, GramRule, LossRule, Weights
 
 WEIGHTS = (0.5, 2.0, -1.0)
@@ -73,12 +73,9 @@ def test_heads(rule: Any, heads: str | None, factors: tuple[float, ...], engine:
         assert_same(grads(head), [factors[task] * g for g in own])
 
 
-DEFAULT_HEADS = {name: "weighted" for name, e in RULES.items() if issubclass(e.rule, LossRule)}
-
-
-@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("name", ONE_BATCH)
 def test_default_of_the_heads(name: str) -> None:
-    """Gradient rules plain, loss rules weighted; Nash-MTL and IMTL as in their papers."""
+    """Plain where the rule says so, else times the weights that are on record."""
     model = Toy()
     optimizer = wrapped(model, name, lr=0.0)
     for batch in range(2):
@@ -87,17 +84,12 @@ def test_default_of_the_heads(name: str) -> None:
     assert record is not None
     for task, row in enumerate(lone_rows(model.losses(1), list(model.heads.parameters()))):
         plain += row[2 * task : 2 * task + 2]
-    weights = [1.0] * 3
-    if name in DEFAULT_HEADS:
-        assert record.weights is not None
-        weights = record.weights.tolist()
-    elif name in ("nash_mtl", "imtl"):
-        assert record.heads is not None
-        weights = record.heads.tolist()
+    assert (record.heads is None) == (make_rule(name).heads == "plain")
+    weights = [1.0] * 3 if record.heads is None else record.heads.tolist()
     assert_same(found, [weights[i // 2] * g for i, g in enumerate(plain)])
 
 
-@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("name", ONE_BATCH)
 def test_scale(name: str) -> None:
     """Sum is the number of present tasks times native for rules like a mean, else the same."""
     found = {}
@@ -105,7 +97,7 @@ def test_scale(name: str) -> None:
         model = Toy()
         wrapped(model, name, scale=scale).backward(model.losses())
         found[scale] = grads(model.trunk)
-    factor = 3 if RULES[name].rule.scale == "mean" else 1
+    factor = 3 if make_rule(name).scale == "mean" else 1
     assert_same(found["sum"], [factor * g for g in found["native"] if g is not None], 1e-12)
 
 

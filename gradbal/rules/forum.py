@@ -87,7 +87,7 @@ class FORUM(GradientRule):
         share = (1 + ctx.epoch.double()) ** -0.75
         ctx.state["average"] = weights = ctx.state["average"].lerp(newest, share)
         force = (weights @ pull).clamp(min=0)
-        ctx.stats["weights"] = weights
+        ctx.stats["weight"] = weights
         everyone = torch.ones_like(ctx.losses, dtype=torch.bool)
         advance(ctx.state, "logits", force * on_logits, everyone, ctx.lr, "adam")
         pairs = zip(combined(weights, upper), slope, strict=True)

@@ -68,9 +68,7 @@ class MConFIG(GradientRule):
     ) -> list[Tensor]:
         present, state = ctx.present, ctx.state
         assert present is not None
-        state["steps"] = steps = state["steps"].index_add(
-            0, present, torch.ones_like(ctx.losses)
-        )
+        state["steps"] = steps = state["steps"].index_add(0, present, torch.ones_like(ctx.losses))
         averages = [
             _with_news(kept["average"], grad, present, self.beta1)
             for kept, grad in zip(ctx.buffers, grads, strict=True)

@@ -86,7 +86,7 @@ class MoCo(GradientRule):
         ctx.state["weights"] = weights = project_simplex(
             weights - step * slope, capturable=ctx.capturable
         )
-        ctx.stats["weights"] = weights
+        ctx.stats["weight"] = weights
         return combined(weights, rows)
 
     def _normalized(self, grads: Sequence[Tensor], ctx: Context) -> Sequence[Tensor]:

@@ -82,7 +82,7 @@ def test_moml_slopes_are_those_of_autograd() -> None:
 def test_forum_direction() -> None:
     result = first_step("forum", [bowls(TRAIN), bowls(VALID)])
     close(result.direction, [-0.093660, -0.129947])
-    close(result.stats["weights"], [0.5, 0.5])
+    close(result.stats["weight"], [0.5, 0.5])
 
 
 def test_forum_takes_validation_gradients_as_they_are() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, JACOBIANS, combine, losses_for, normal, seeded
+from cases import FEW, JACOBIANS, combine, keeps_gradients, losses_for, normal, seeded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,10 +90,6 @@ def later(jacobian: Tensor, rule: Rule) -> Setting:
     m, n = jacobian.shape
     columns = n if keeps_gradients(rule) else 3 * m + 2
     return Setting(jacobian, losses_for(m), normal(m, columns, seed=m), losses_for(m, seed=1))
-
-
-def keeps_gradients(rule: Rule) -> bool:
-    return isinstance(rule, GradientRule) and bool(rule.buffers(torch.zeros(2, 1)))
 
 
 def weights_of(result: Aggregation) -> Tensor:

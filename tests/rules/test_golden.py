@@ -45,6 +45,13 @@ GOLDEN = [
         "gls", {}, "J3", [0.666667, 0.166667, 0.333333], [1.166667, -0.166667, 0.833333, 1.333333]
     ),
     Golden("famo", {}, "J3", [0.571429, 0.142857, 0.285714], [1, -0.142857, 0.714286, 1.142857]),
+    Golden(
+        "db_mtl",
+        {"beta": 0.0},
+        "J3",
+        [3.055050, 2.256304, 1],
+        [3.853797, 5.823963, 4.256304, 2.944950],
+    ),
     Golden("mgda", {}, "J2", [0.722222, 0.277778], [-0.111111, 0.277778, 0.722222]),
     Golden(
         "mgda", {}, "J3", [0.547718, 0.273859, 0.178423], [0.821577, 0.655602, 0.630705, 0.522822]
@@ -313,6 +320,47 @@ def test_cagrad_point_of_the_hull(case: str, c: float, point: list[float]) -> No
     assert result.weights is not None
     extra = result.weights - 1 / len(jacobian)
     close(extra / extra.sum(), point)
+
+
+def test_moco_over_two_steps() -> None:
+    rule, state = make_rule("moco", beta_sigma=0.0, gamma_sigma=0.0), None
+    expected = [
+        ([0.455556, 0.413889, 0.130556], [0.248611, 0.587500, 0.337500, 0.163889]),
+        ([0.429983, 0.283629, 0.286389], [0.432253, 0.101484, 0.642305, 0.966263]),
+    ]
+    for weights, direction in expected:
+        result = aggregate(rows(J3), rule, state=state)
+        close(result.stats["weight"], weights)
+        close(result.direction, direction)
+        state = result.state
+
+
+def test_db_mtl_over_two_steps() -> None:
+    state = None
+    for direction in (
+        [0.385380, 0.582396, 0.425630, 0.294495],
+        [0.732221, 1.106553, 0.808698, 0.559540],
+    ):
+        result = aggregate(rows(J3), "db_mtl", losses=L3, state=state)
+        close(result.direction, direction)
+        state = result.state
+
+
+def test_excess_mtl_over_two_steps() -> None:
+    rule, factors = make_rule("excess_mtl", step_size=0.1), rows([[0.5], [1], [2]])
+    result = aggregate(rows(J3), rule)
+    close(result.weights, [1, 1, 1])
+    close(result.state["tensors"]["reference"], [4, 5, 12])
+    result = aggregate(rows(J3) * factors, rule, state=result.state)
+    close(result.weights, [0.931973, 0.978141, 1.089886])
+
+
+def test_cr_mogm_over_two_steps() -> None:
+    rule, jacobian = make_rule("cr_mogm"), rows(J3)
+    result = aggregate(jacobian, rule)
+    close(result.weights, [0.547718, 0.273859, 0.178423])
+    result = aggregate(jacobian[[2, 0, 1]], rule, state=result.state)
+    close(result.weights, [0.510788, 0.301245, 0.187967])
 
 
 def test_nash_clips_the_shared_direction_only() -> None:
