@@ -92,7 +92,9 @@ def test_smoothing_without_a_past_changes_nothing(rule: str) -> None:
 # ---------------------------------------------------------------------------- what they compute
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("gls", "graddrop")])
+@pytest.mark.parametrize(
+    "rule", [name for name in RULES if name not in ("gls", "graddrop", "trimmed_mean")]
+)
 def test_log_losses_is_giving_the_logarithms(rule: str) -> None:
     ours, theirs = train(chain("log_losses", rule), logs=False), train(rule, logs=True)
     for a, b in zip(ours, theirs, strict=True):
@@ -322,7 +324,7 @@ def test_claims() -> None:
         ),
         (
             ("mgda", "smooth"),
-            "Unknown rule 'smooth'. `gradbal.rule_names()` lists all of them.",
+            "Unknown rule 'smooth'. Did you mean 'stch'? `gradbal.rule_names()` lists all of them.",
         ),
         (
             (3, "mgda"),

@@ -161,7 +161,7 @@ def test_propagate_keeps_the_state_of_rules_on_gradients(rule: str) -> None:
     assert frozen_copy(optimizer.core.state_dict()["state"]["groups"]) == before["groups"]
 
 
-@pytest.mark.parametrize("rule", sorted({*rule_names()} - {"graddrop"}))  # has no weights
+@pytest.mark.parametrize("rule", [r for r in rule_names() if r not in ("graddrop", "trimmed_mean")])
 def test_reused_weights_test_the_losses(rule: str) -> None:
     model = Toy()
     optimizer = wrapped(model, rule, update_every=3)
