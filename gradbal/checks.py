@@ -71,6 +71,17 @@ def square(**matrices: Tensor) -> None:
             raise ValueError(f"`{name}` must have shape [m, m], got {list(matrix.shape)}.")
 
 
+def vectors(owner: object, **values: Sequence[Sequence[float]]) -> None:
+    """Raise ``ValueError`` unless there is at least one vector and all are of one length."""
+    for name, value in values.items():
+        lengths = sorted({len(vector) for vector in value})
+        if len(lengths) != 1 or lengths == [0]:
+            raise ValueError(
+                f"{_owner(owner)}: `{name}` must be vectors with one number for each task, got "
+                f"lengths {lengths}."
+            )
+
+
 def positive_losses(owner: object, values: Sequence[float] | None, names: Sequence[str]) -> None:
     """Raise ``ValueError`` naming the first task whose loss is not above zero."""
     for name, value in zip(names, values or (), strict=False):

@@ -15,6 +15,7 @@ from gradbal.state import (
     merged,
     new_state,
     part,
+    per_task_numbers,
     per_task_options,
     row_axes,
     some_rows,
@@ -191,6 +192,28 @@ class Core:
             slopes[name] = slopes.get(name, none).index_add(0, index, slope)
             moving = f"{name}.moving"
             slopes[moving] = slopes.get(moving, none).index_fill(0, index, 1)
+
+    def renew(self, option: str, values: Mapping[str, float] | Sequence[float]) -> None:
+        """Give an option with one number per task new values.
+
+        Args:
+            option: Its name.
+            values: By task, or in the order of the tasks.
+
+        Raises:
+            ValueError: If the rule has no such option, or there is not one number for each task.
+            RuntimeError: If there was no step yet.
+        """
+        numbers = per_task_numbers(self.rule, option, values, self.names)
+        if not self.state:
+            raise RuntimeError(
+                f"{type(self.rule).__name__}: `{option}` can be given anew after the first step; "
+                "before, pass it to the rule."
+            )
+        for group, state in self.state.items():
+            like = next(iter(state.values()), torch.zeros((), dtype=torch.float64))
+            new = torch.tensor(numbers, dtype=torch.float64, device=like.device)
+            self.state[group] = {**state, option: new}
 
     def observe(self, tasks: Sequence[int], losses: Tensor) -> None:
         """Show the rule the losses after a step."""

@@ -1,6 +1,6 @@
 """MTLOptimizer: from several losses to one step of any torch optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -183,9 +183,22 @@ class MTLOptimizer(WrappedOptimizer):
         """Forget the task gradients put aside with ``accumulate=True``."""
         self.core.discard()
 
-    def end_epoch(self) -> None:
-        """Mark the end of an epoch, for rules that average over epochs."""
-        self.core.epoch = self.core.epoch + 1
+    def end_epoch(self, **options: Mapping[str, float] | Sequence[float]) -> None:
+        """Mark the end of an epoch, for rules that average over epochs.
+
+        Args:
+            **options: New values of the rule's options with one number per task, by task name or
+                in the order of the tasks: metrics of this epoch (``scores`` of PIVRG), or
+                preferences that change.
+
+        Raises:
+            ValueError: If the rule has no such option, or there is not one number for each task.
+            RuntimeError: If options are given before the first step.
+        """
+        with self.core.transaction():
+            for option, values in options.items():
+                self.core.renew(option, values)
+            self.core.epoch = self.core.epoch + 1
 
     def check(self, losses: Losses) -> dict[str, float]:
         """Verify the engine's task gradients against lone passes; nothing changes.

@@ -1,6 +1,6 @@
 """A rule's tensors: which of their axes run over tasks, and parts of them for some tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,29 @@ def per_task_options(rule: Rule, n_tasks: int) -> dict[str, Sequence[float]]:
                 f"tasks, got {len(values)}."
             )
     return {name: values for name, values in given.items() if values is not None}
+
+
+def per_task_numbers(
+    rule: Rule, option: str, values: Mapping[str, float] | Sequence[float], names: Sequence[str]
+) -> list[float]:
+    """Return new values of an option with one number per task, in the order of the tasks.
+
+    Raises:
+        ValueError: If the rule has no such option, or there is not one number for each task.
+    """
+    rule_name = type(rule).__name__
+    if option not in rule.per_task:
+        known = ", ".join(rule.per_task) or "none"
+        raise ValueError(
+            f"{rule_name}: {option!r} is no option with one number per task; there is {known}."
+        )
+    fits = set(values) == set(names) if isinstance(values, Mapping) else len(values) == len(names)
+    if not fits:
+        raise ValueError(
+            f"{rule_name}: `{option}` must have one number for each of the tasks "
+            f"{', '.join(names)}, got {values!r}."
+        )
+    return [float(values[name]) for name in names] if isinstance(values, Mapping) else [*values]
 
 
 def task_axes(rule: Rule, learner: str) -> Axes:

@@ -38,6 +38,14 @@ def losses_for(m: int, seed: int = 0) -> Tensor:
     return 1.5 + 10 * torch.rand(m, generator=seeded(seed), dtype=torch.float64)
 
 
+def wells(point: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Losses below 1 with their minima on the unit sphere, and their gradients."""
+    centres = torch.nn.functional.normalize(normal(m, len(point), seed=7), dim=1)
+    gaps = point - centres
+    depths = torch.exp(-gaps.square().sum(dim=1))
+    return 1 - depths, 2 * depths[:, None] * gaps
+
+
 def conflicting(m: int, seed: int = 0) -> Tensor:
     """Rows that nearly cancel: cosines about -1 / (m - 1), 0 just outside of the hull."""
     spread = normal(m, m + 2, seed=seed)

@@ -57,11 +57,12 @@ def min_norm_residual(jacobian: Tensor, weights: Tensor) -> float:
     return _violation(lengths, units @ direction - level * near)
 
 
-def projection_residual(jacobian: Tensor, task: int, weights: Tensor) -> float:
-    r"""How far the weights are from those of the projection of one gradient on the dual cone."""
+def projection_residual(jacobian: Tensor, preferences: Tensor, weights: Tensor) -> float:
+    r"""How far the weights are from those of a projection of gradients on the dual cone."""
     units, norms, _ = shares(jacobian, weights)
-    added = weights - torch.eye(len(weights), dtype=weights.dtype)[task]
-    return _violation(added * norms / norms[task], units @ (jacobian.T @ weights) / norms[task])
+    size = (preferences * norms).max()
+    added = (weights - preferences) * norms / size
+    return _violation(added, units @ (jacobian.T @ weights) / size)
 
 
 def cagrad_residual(jacobian: Tensor, weights: Tensor, c: float) -> float:
@@ -75,8 +76,11 @@ def cagrad_residual(jacobian: Tensor, weights: Tensor, c: float) -> float:
     return max(_violation(lengths, slack), abs(length.item() / c - 1))
 
 
-def nash_residual(jacobian: Tensor, weights: Tensor) -> float:
-    return (weights * (jacobian @ (jacobian.T @ weights)) - 1).abs().max().item()
+def nash_residual(
+    jacobian: Tensor, weights: Tensor, alpha: float = 1.0, demand: Tensor | float = 1.0
+) -> float:
+    gains = jacobian @ (jacobian.T @ weights)
+    return ((weights / demand) ** (1 / alpha) * gains - 1).abs().max().item()
 
 
 def _violation(points: Tensor, slopes: Tensor) -> float:

@@ -365,3 +365,21 @@ def test_a_recurrent_model_of_many_steps() -> None:
 
     optimizer.step(losses())
     assert max(optimizer.check(losses()).values()) <= 1e-10
+
+
+def test_new_numbers_per_task_at_the_end_of_an_epoch() -> None:
+    model, plain = Toy(), Toy()
+    optimizer, other = wrapped(model, "pivrg"), wrapped(plain, make_rule("pivrg", scores=(9, 0, 3)))
+    optimizer.step(model.named())
+    with pytest.raises(ValueError, match="one number for each of the tasks a, b, c, got"):
+        optimizer.end_epoch(scores={"a": 9})
+    with pytest.raises(ValueError, match="'score' is no option with one number per task"):
+        optimizer.end_epoch(score=[1, 2, 3])
+    optimizer.end_epoch(scores={"b": 0, "a": 9, "c": 3})
+    plain.load_state_dict(model.state_dict())
+    for one, net in ((optimizer, model), (other, plain)):
+        one.zero_grad()
+        one.backward(net.named(1))
+    assert_same(grads(model), grads(plain))
+    with pytest.raises(RuntimeError, match="can be given anew after the first step"):
+        wrapped(Toy(), "pivrg", tasks=["a", "b", "c"]).end_epoch(scores=[1, 2, 3])

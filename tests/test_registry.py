@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ONE_BATCH
 from torch import Tensor
 
 import gradbal
@@ -25,7 +26,7 @@ def _own_list(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry._RULES.update(before)
 
 
-LOGARITHMIC = ("gls",)
+LOGARITHMIC = ("db_mtl", "epo", "gls", "go4align", "igb", "si", "stch")
 
 
 def refused(sentence: str) -> Any:  # pytest's context manager
@@ -33,7 +34,8 @@ def refused(sentence: str) -> Any:  # pytest's context manager
 
 
 def test_names_are_sorted_and_those_of_modules() -> None:
-    assert list(rule_names()) == sorted(RULES)
+    assert list(rule_names()) == sorted([*RULES, "conflict_free"])
+    assert make_rule("conflict_free") == make_rule("config")
     for name, entry in RULES.items():
         module = import_module(f"gradbal.rules.{name}")
         assert entry.rule.__module__ == module.__name__
@@ -171,6 +173,87 @@ def test_unknown_option(name: str, option: str, sentence: str) -> None:
             {"order": "reverse"},
             "PCGrad: `order` must be one of 'random', 'given', got 'reverse'.",
         ),
+        ("epo", {"preferences": (1, 0)}, "EPO: `preferences` must be > 0, got 0."),
+        ("epo", {"eps": -1}, "EPO: `eps` must be >= 0, got -1."),
+        ("epo", {"relaxed": "x"}, "EPO: `relaxed` must be one of True, False, got 'x'."),
+        ("constant", {"weights": [1, -2]}, "Constant: `weights` must be >= 0, got -2."),
+        ("si", {"preferences": (-1, 1)}, "SI: `preferences` must be >= 0, got -1."),
+        ("stch", {"mu": 0}, "STCH: `mu` must be > 0, got 0."),
+        ("stch", {"warmup": -1}, "STCH: `warmup` must be >= 0, got -1."),
+        ("stch", {"warmup": 0.5}, "STCH: `warmup` must be an int, got 0.5."),
+        ("stch", {"window": 0}, "STCH: `window` must be >= 1, got 0."),
+        ("stch", {"nadir": (1, 0)}, "STCH: `nadir` must be > 0, got 0."),
+        ("stch_plain", {"mu": -1}, "STCHPlain: `mu` must be > 0, got -1."),
+        ("stch_plain", {"preferences": (-1, 1)}, "STCHPlain: `preferences` must be >= 0, got -1."),
+        (
+            "stch_plain",
+            {"ideal_point": ("a",)},
+            "STCHPlain: `ideal_point` must be a number, got 'a'.",
+        ),
+        ("pbi", {"theta": -1}, "PBI: `theta` must be >= 0, got -1."),
+        ("pbi", {"preferences": (0, 1)}, "PBI: `preferences` must be > 0, got 0."),
+        ("pbi", {"ideal_point": ("a",)}, "PBI: `ideal_point` must be a number, got 'a'."),
+        ("cosmos", {"lam": -1}, "COSMOS: `lam` must be >= 0, got -1."),
+        ("cosmos", {"preferences": (0, 1)}, "COSMOS: `preferences` must be > 0, got 0."),
+        ("cosmos", {"alpha": 0}, "COSMOS: `alpha` must be > 0, got 0."),
+        ("igb", {"base_epoch": -1}, "IGB: `base_epoch` must be >= 0, got -1."),
+        ("igb", {"window": 0}, "IGB: `window` must be >= 1, got 0."),
+        ("igb", {"base_losses": (0, 1)}, "IGB: `base_losses` must be > 0, got 0."),
+        ("go4align", {"beta": -1}, "GO4Align: `beta` must be >= 0, got -1."),
+        ("go4align", {"groups": 0}, "GO4Align: `groups` must be >= 1, got 0."),
+        ("go4align", {"groups": 1.5}, "GO4Align: `groups` must be an int, got 1.5."),
+        ("ldc_mtl", {"lam": -1}, "LDCMTL: `lam` must be >= 0, got -1."),
+        ("ldc_mtl", {"tau": (1, 0)}, "LDCMTL: `tau` must be > 0, got 0."),
+        ("ldc_mtl", {"tau": "last"}, "LDCMTL: `tau` must be one of 'first', got 'last'."),
+        ("group_dro", {"step_size": 0}, "GroupDRO: `step_size` must be > 0, got 0."),
+        (
+            "group_dro",
+            {"reduction": "max"},
+            "GroupDRO: `reduction` must be one of 'sum', 'mean', got 'max'.",
+        ),
+        (
+            "aligned_mtl",
+            {"scale_mode": "mean"},
+            "AlignedMTL: `scale_mode` must be one of 'min', 'median', 'rmse', got 'mean'.",
+        ),
+        (
+            "aligned_mtl",
+            {"preferences": (1, -1)},
+            "AlignedMTL: `preferences` must be >= 0, got -1.",
+        ),
+        ("aligned_mtl", {"tol": 2.0}, "AlignedMTL: `tol` must be between 0 and 1, got 2.0."),
+        ("fairgrad", {"alpha": 0}, "FairGrad: `alpha` must be > 0, got 0."),
+        (
+            "fairgrad",
+            {"solver": "x"},
+            "FairGrad: `solver` must be one of 'exact', 'cvxpy', got 'x'.",
+        ),
+        ("config", {"preferences": (-1,)}, "ConFIG: `preferences` must be >= 0, got -1."),
+        (
+            "config",
+            {"length_model": "sum"},
+            "ConFIG: `length_model` must be one of 'projection', 'min', 'max', 'arithmetic', "
+            "'geometric', 'harmonic', got 'sum'.",
+        ),
+        ("dualproj", {"preferences": (-1,)}, "DualProj: `preferences` must be >= 0, got -1."),
+        (
+            "dualproj",
+            {"solver": "x"},
+            "DualProj: `solver` must be one of 'exact', 'cvxpy', got 'x'.",
+        ),
+        ("krum", {"n_byzantine": -1}, "Krum: `n_byzantine` must be >= 0, got -1."),
+        ("krum", {"n_byzantine": 1.0}, "Krum: `n_byzantine` must be an int, got 1.0."),
+        ("krum", {"n_selected": 0}, "Krum: `n_selected` must be >= 1, got 0."),
+        ("krum", {"squared": 2}, "Krum: `squared` must be one of True, False, got 2."),
+        ("trimmed_mean", {"n_trimmed": -1}, "TrimmedMean: `n_trimmed` must be >= 0, got -1."),
+        ("trimmed_mean", {"n_trimmed": 0.1}, "TrimmedMean: `n_trimmed` must be an int, got 0.1."),
+        ("pcd", {"tau": 2}, "PCD: `tau` must be between 0 and 1, got 2."),
+        ("pcd", {"taus": (0, 2)}, "PCD: `taus` must be between 0 and 1, got 2."),
+        ("pcd", {"beta": -1}, "PCD: `beta` must be between 0 and 1, got -1."),
+        ("pivrg", {"scores": ("a",)}, "PIVRG: `scores` must be a number, got 'a'."),
+        ("pivrg", {"bound": 0.5}, "PIVRG: `bound` must be >= 1, got 0.5."),
+        ("pivrg", {"min_temperature": 0}, "PIVRG: `min_temperature` must be > 0, got 0."),
+        ("pivrg", {"solver": "x"}, "PIVRG: `solver` must be one of 'exact', 'cvxpy', got 'x'."),
         (
             "imtl_g",
             {"fallback": "none"},
@@ -188,7 +271,7 @@ def test_options_that_cannot_be(name: str, options: dict[str, Any], sentence: st
         make_rule(name, **options)
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", ONE_BATCH)
 def test_losses_below_zero(name: str) -> None:
     sentence = (
         f"{RULES[name].rule.__name__}: losses must be > 0, got -2 for task '1'; shift the loss or "

@@ -1,5 +1,7 @@
 """CR-MOGM: weights that are averaged over steps, for any rule with weights."""
 
+from dataclasses import dataclass
+
 from gradbal.chain import GramChain, chain
 from gradbal.registry import make_rule, register
 from gradbal.rule import Claim, Rule, WeightRule
@@ -12,6 +14,7 @@ from gradbal.transforms import Smooth
     paper="Zhou et al., NeurIPS 2022",
     year=2022,
 )
+@dataclass(frozen=True, init=False, repr=False)
 class CRMOGM(GramChain):
     r"""Correction-based stochastic multi-objective gradient manipulation.
 

@@ -45,14 +45,14 @@ class DWA(LossRule):
 
     def init(self, losses: Tensor) -> State:
         names = ("total", "count", "newer", "older")
-        epoch = torch.zeros((), dtype=torch.int64, device=losses.device)
-        return {name: torch.zeros_like(losses) for name in names} | {"epoch": epoch}
+        state = {name: torch.zeros_like(losses) for name in names}
+        return state | {"epoch": torch.zeros_like(losses, dtype=torch.int64)}  # each its own
 
     def weights(self, losses: Tensor, ctx: Context) -> Tensor:
         state = ctx.state
         if self.window is None:
             self._close(state, ctx.epoch != state["epoch"])
-            state["epoch"] = ctx.epoch.clone()
+            state["epoch"] = ctx.epoch.expand_as(state["epoch"]).clone()
         older = state["older"]
         known = older != 0
         rates = torch.where(known, state["newer"] / older.where(known, 1), 1.0)

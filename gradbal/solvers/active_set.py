@@ -60,7 +60,7 @@ def exchange_numbers(
     residual = 0.0 * sum(linear)  # NaN stays NaN
     while free:
         n_iter += 1
-        point = _eliminate(matrix, linear, free)
+        point = eliminate(matrix, linear, free)
         slopes = [q + sum(map(mul, row, point)) for q, row in zip(linear, matrix, strict=True)]
         residual = max(map(abs, map(min, point, slopes))) / scale
         previous, free = free, [i for i in range(len(point)) if point[i] > slopes[i]]
@@ -69,7 +69,7 @@ def exchange_numbers(
     return point, residual, n_iter
 
 
-def _eliminate(matrix: list[list[float]], linear: list[float], free: list[int]) -> list[float]:
+def eliminate(matrix: list[list[float]], linear: list[float], free: list[int]) -> list[float]:
     """Solve on the free entries by elimination; entries without curvature left stay 0."""
     point = [0.0] * len(linear)
     table = [[matrix[i][j] for j in free] + [-linear[i]] for i in free]

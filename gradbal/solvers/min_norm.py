@@ -8,7 +8,7 @@ from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.nonnegative_qp import nonnegative_qp
 from gradbal.solvers.solution import Solution
 
-_TOUCHES = 1e-7
+TOUCHES = 1e-7
 _TINY = 1e-300
 
 
@@ -103,7 +103,7 @@ def touches_zero(gram: Tensor, weights: Tensor) -> Tensor:
 
 def cancels(cosines: Tensor, shares: Tensor) -> Tensor:
     """Tell the same of unit gradients, given their cosines."""
-    return shares @ cosines @ shares <= (_TOUCHES * shares.sum()) ** 2
+    return shares @ cosines @ shares <= (TOUCHES * shares.sum()) ** 2
 
 
 def _two_numbers(gram: Tensor, tol: float) -> Solution:

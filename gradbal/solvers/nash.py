@@ -1,14 +1,24 @@
 """Weights that are a fair bargain between the tasks."""
 
+import contextlib
+from math import asinh, exp, isnan, log
+from operator import mul
+
 import torch
 from torch import Tensor
 
 from gradbal import checks
+from gradbal.solvers.active_set import eliminate
 from gradbal.solvers.equilibrate import equilibrate
-from gradbal.solvers.min_norm import cancels, min_norm
+from gradbal.solvers.min_norm import TOUCHES, min_norm
 from gradbal.solvers.solution import Solution
 
+_FEW = 3  # up to this size plain numbers are faster than tensors
 _LOST = 1e-4  # a residual above this is no solution
+_NEAR = 1e-4  # a relative step from which on Newton's method converges quadratically
+_STILL = 1e-12  # and one that is but rounding
+_SLACK = 0.2  # least part of a gradient that the start assumes the others leave of it
+_ROUNDED = 1e-8  # cosine of task and direction below which a Gram matrix has but rounding errors
 _TINY = 1e-300
 
 
@@ -16,17 +26,20 @@ def nash_point(
     gram: Tensor,
     *,
     alpha: float = 1.0,
+    demand: Tensor | None = None,
     capturable: bool = False,
     tol: float = 1e-8,
     max_iter: int = 40,
 ) -> Solution:
-    r"""Solve :math:`G x = x^{-1/\alpha}` for :math:`x > 0`, elementwise.
+    r"""Solve :math:`G x = (a / x)^{1/\alpha}` for :math:`x > 0`, elementwise.
 
     The solution is the only minimiser of a convex function, a quadratic plus barriers. In the
-    variables :math:`p_i = n_i x_i` its matrix is that of the cosines, without any ridge: Newton
-    steps, cut short of the boundary, until rounding stops them. Two tasks with
-    :math:`\alpha = 1` have a closed form. A task without gradient gets :math:`x_i = 0` and is no
-    part of the equations.
+    variables :math:`p_i = n_i x_i`, whose matrix is that of the cosines, without any ridge, it is
+    where :math:`C p = y` and :math:`y_i = u_i (p_i / u_i)^{-1/\alpha}`. Newton steps take the
+    logarithm of the second and move :math:`p` and :math:`y` by factors, until rounding stops them:
+    solutions many decades away are a few steps away. Two tasks with :math:`\alpha = 1` and equal
+    demands have a closed form. A task without gradient gets :math:`x_i = 0` and is no part of the
+    equations.
 
     There is a solution if and only if the hull of the task gradients does not hold 0. Otherwise
     (to ``1e-7`` of their norms) ``converged`` is False and the value is that of
@@ -35,20 +48,22 @@ def nash_point(
     Args:
         gram: Inner products of the task gradients, shape ``[m, m]``, PSD up to rounding.
         alpha: Fairness: 1 is the bargaining solution, towards 0 the sum, large the worst task.
+        demand: How much each task asks for, :math:`a`, shape ``[m]``, positive; None for 1 each.
         capturable: Run a fixed sequence of tensor operations, nothing read back.
-        tol: Largest accepted residual, without unit. The steps aim at a hundredth of it.
+        tol: Largest accepted residual, without unit.
         max_iter: Most Newton steps; all are spent with ``capturable``.
 
     Returns:
-        Weights, shape ``[m]``, with the residual :math:`\max_i |x_i^{1/\alpha} (G x)_i - 1|`
-        over the tasks with gradient. Rounding of :math:`x` alone makes it about
-        ``1e-16`` over the squared relative distance of the hull from 0.
+        Weights, shape ``[m]``, with the residual
+        :math:`\max_i |(C p)_i - y_i| / \max(y_i, 10^{-8} \lVert J^\top x \rVert)`: relative to
+        each side, as far as a cosine of task and direction can be told from 0.
 
     Raises:
         ValueError: If ``gram`` is not square or ``alpha`` is not positive.
 
     Source:
-        Navon et al., ICML 2022, claim 3.1 (:math:`\alpha = 1`); Ban and Ji, ICML 2024, eq. 5.
+        Navon et al., ICML 2022, claim 3.1 (:math:`\alpha = 1`); Ban and Ji, ICML 2024, eq. 5;
+        demands as in Qin et al., CVPR 2025.
 
     Example:
         >>> nash_point(torch.tensor([[2.0, -3.0], [-3.0, 10.0]], dtype=torch.float64)).value
@@ -56,54 +71,105 @@ def nash_point(
     """
     checks.square(gram=gram)
     checks.positive("nash_point", alpha=alpha)
+    if len(gram) <= _FEW and not capturable:
+        asked = [1.0] * len(gram) if demand is None else demand.tolist()
+        with contextlib.suppress(ArithmeticError):  # powers may overflow, which tensors let pass
+            if found := _numbers(gram.tolist(), asked, alpha, tol, max_iter):
+                weights, residual = gram.new_tensor(found[0]), gram.new_tensor(found[1])
+                return Solution(weights, residual, found[2], residual <= tol)
     cosines, norms = equilibrate(gram)
-    dead = norms == 0
+    live = norms.sign()
+    dead = 1 - live
     largest = norms.amax().clamp(min=_TINY)
-    demand = (norms / largest).masked_fill(dead, 1.0) ** (1 / alpha - 1)
-    matrix = cosines + dead.to(gram.dtype).diag()
-    if len(gram) == 2 and alpha == 1:
+    unit = (norms / largest + dead) ** ((1 - alpha) / (1 + alpha))
+    if demand is not None:
+        unit = unit * demand ** (1 / (1 + alpha))
+    matrix = cosines + dead.diag()
+    if len(gram) == 2 and alpha == 1 and demand is None:
         points, n_iter = (1 + cosines[0, 1]).clamp(min=1e-32).rsqrt().expand(2), 0
+        supply = 1 / points
     else:
-        goal = None if capturable else 0.01 * tol
-        points, n_iter = _newton(matrix, demand, alpha, goal, max_iter)
-    residual = _residual(matrix, demand, alpha, points)
-    shares = points * ~dead
-    solved = (residual <= _LOST) & ~cancels(cosines, shares) | dead.all()
-    size = largest ** ((1 - alpha) / (1 + alpha))
-    weights = (shares * size / norms).masked_fill(dead, 0.0)
+        goal = None if capturable else 0.1 * tol
+        points, supply, n_iter = _newton(matrix, unit, alpha, goal, max_iter)
+    shares = points * live
+    length = (shares @ supply).sqrt()
+    error = torch.addmv(supply, matrix, points, beta=-1).abs()
+    residual = (error / torch.maximum(supply, _ROUNDED * length)).amax()
+    solved = (residual <= _LOST) & (length >= TOUCHES * shares.sum())
+    weights = shares * largest ** ((1 - alpha) / (1 + alpha)) / (norms + dead)
     if capturable or not solved:
         shortest = min_norm(gram, capturable=capturable).value
         weights = torch.where(solved, weights, shortest)
+        residual = residual.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return Solution(weights, residual, n_iter, solved & (residual <= tol))
 
 
 def _newton(
-    matrix: Tensor, demand: Tensor, alpha: float, goal: float | None, max_iter: int
-) -> tuple[Tensor, int]:
-    """Newton steps on ``matrix @ p = demand * p**(-1/alpha)``; the best point met."""
-    points = demand ** (alpha / (1 + alpha))  # solves the equations of orthogonal gradients
-    ratio = (points @ points) / (points @ matrix @ points).clamp(min=1e-8 * points @ points)
-    points = points * ratio ** (alpha / (1 + alpha))  # and this their sum
-    best, least, latest = points, torch.full_like(ratio, torch.inf), 0
+    matrix: Tensor, unit: Tensor, alpha: float, goal: float | None, max_iter: int
+) -> tuple[Tensor, Tensor, int]:
+    """Take Newton steps on ``matrix @ p = y`` and ``log(y / unit) + log(p / unit) / alpha = 0``."""
+    slack = (matrix @ unit / unit).clamp(min=_SLACK)  # 1 for orthogonal gradients
+    level = slack.log() * (-alpha / (1 + alpha))  # exact for them, and for parallel ones
+    logs = torch.stack((level, level / -alpha))
+    points, supply = (unit * logs.exp()).unbind()
+    for n_iter in range(1, max_iter + 1):
+        slope = torch.addmv(supply, matrix, points, beta=-1)
+        level, other = logs.unbind()
+        error = other + level / alpha
+        curved = matrix + (supply / (alpha * points)).diag()
+        factor = torch.linalg.cholesky_ex(curved)[0]
+        target = torch.addcmul(slope, supply, error).unsqueeze(1)
+        step = torch.cholesky_solve(target, factor).squeeze(1) / points
+        moves = torch.stack((-step, step / alpha - error))
+        logs = logs + moves.asinh()  # as a small move itself; a large one doubles or halves
+        points, supply = (unit * logs.exp()).unbind()
+        if n_iter == max_iter or (
+            goal is not None and _arrived(matrix, points, supply, moves, goal)
+        ):
+            break
+    return points, supply, n_iter
+
+
+def _arrived(matrix: Tensor, points: Tensor, supply: Tensor, moves: Tensor, goal: float) -> bool:
+    """Tell whether a step, whose error is its square times what cancels, reached the goal."""
+    reach: float = moves.abs().amax().item()
+    if not reach <= _NEAR:
+        return isnan(reach)
+    cancels = (matrix.abs() @ points / supply).amax().item()
+    return reach <= _STILL or reach * reach * cancels <= goal
+
+
+def _numbers(
+    gram: list[list[float]], demand: list[float], alpha: float, tol: float, max_iter: int
+) -> tuple[list[float], float, int] | None:
+    """Do the same for a few tasks in plain numbers; None where these steps are not enough."""
+    tasks = list(range(len(gram)))
+    norms = [max(gram[i][i], 0.0) ** 0.5 for i in tasks]
+    largest, power = max(norms), (1 - alpha) / (1 + alpha)
+    if min(norms) == 0:
+        return None
+    unit = [(norms[i] / largest) ** power * demand[i] ** (1 / (1 + alpha)) for i in tasks]
+    matrix = [[gram[i][j] / norms[i] / norms[j] for j in tasks] for i in tasks]
+    slack = [max(sum(map(mul, matrix[i], unit)) / unit[i], _SLACK) for i in tasks]
+    logs = [log(slack[i]) * -alpha / (1 + alpha) for i in tasks]
+    others = [level / -alpha for level in logs]
     for n_iter in range(max_iter + 1):
-        supply = demand * points ** (-1 / alpha)
-        slope = matrix @ points - supply
-        residual = (slope / supply).abs().amax()
-        better = residual < least
-        if goal is None:
-            best, least = torch.where(better, points, best), torch.minimum(residual, least)
-        elif better:
-            best, least, latest = points, residual, n_iter
-        elif least <= 100 * goal and n_iter > latest + 2:  # rounding stops the steps
+        points = [unit[i] * exp(logs[i]) for i in tasks]
+        supply = [unit[i] * exp(others[i]) for i in tasks]
+        slope = [sum(map(mul, matrix[i], points)) - supply[i] for i in tasks]
+        error = [others[i] + logs[i] / alpha for i in tasks]
+        residual = max(abs(slope[i]) / supply[i] + abs(error[i]) for i in tasks)
+        if residual <= 0.01 * tol or n_iter == max_iter:
             break
-        if n_iter == max_iter or (goal is not None and residual <= goal):
-            break
-        factor = torch.linalg.cholesky_ex(matrix + (supply / points / alpha).diag())[0]
-        step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-        points = points - step * (0.9 / (step / points).amax().clamp(min=0.9))
-    return best, n_iter
-
-
-def _residual(matrix: Tensor, demand: Tensor, alpha: float, points: Tensor) -> Tensor:
-    """Return the largest relative error of the equations."""
-    return (points ** (1 / alpha) * (matrix @ points) / demand - 1).abs().amax()
+        curved = [row.copy() for row in matrix]
+        for i in tasks:
+            curved[i][i] += supply[i] / points[i] / alpha
+        step = eliminate(curved, [slope[i] + supply[i] * error[i] for i in tasks], tasks)
+        for i in tasks:
+            move = step[i] / points[i]
+            logs[i] += asinh(move)
+            others[i] += asinh(-error[i] - move / alpha)
+    length = sum(map(mul, points, supply))
+    if residual > tol or length <= (TOUCHES * sum(points)) ** 2:
+        return None
+    return [points[i] / norms[i] * largest**power for i in tasks], residual, n_iter

@@ -9,6 +9,7 @@ from gradbal.solvers.interior_point import interior_point, natural_residual
 from gradbal.solvers.solution import Solution
 
 _FEW = 3  # up to this size plain numbers are faster than tensors
+_SOME = 16  # for one right-hand side also up to this one, if few of its entries are negative
 _TINY = 1e-300
 
 
@@ -55,7 +56,7 @@ def nonnegative_qp(
     """
     checks.square(hessian=hessian)
     rows = linear.reshape(-1, linear.shape[-1])
-    if len(hessian) <= _FEW and not capturable:
+    if not capturable and (len(hessian) <= _FEW or _starts_small(rows)):
         solution = _numbers(hessian, rows, tol)
         if solution.converged.item():
             return solution._replace(value=solution.value.reshape(linear.shape))
@@ -71,6 +72,11 @@ def nonnegative_qp(
             residual = natural_residual(hessian, rows, points).amax()
     value = (points.clamp(min=0) * scale).reshape(linear.shape)
     return Solution(value, residual, n_iter, residual <= tol)
+
+
+def _starts_small(rows: Tensor) -> bool:
+    """Tell whether there is but one problem, with a solution that starts with few entries."""
+    return rows.numel() <= _SOME and len(rows) == 1 and sum(q < 0 for q in rows[0].tolist()) <= _FEW
 
 
 def _numbers(hessian: Tensor, rows: Tensor, tol: float) -> Solution:

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from gradbal.solvers.equilibrate import equilibrate
+
 SWEEPS = 10
+EVEN = 1e-6  # ratio of eigenvalues down to which a common eigensolver keeps ten digits
 
 
 def symmetric_eigen(matrix: Tensor, *, capturable: bool = False) -> tuple[Tensor, Tensor]:
@@ -38,6 +41,55 @@ def symmetric_eigen(matrix: Tensor, *, capturable: bool = False) -> tuple[Tensor
             matrix = rotation.T @ matrix @ rotation
             vectors = vectors @ rotation
     return matrix.diagonal(), vectors
+
+
+def gram_eigen(gram: Tensor, *, tol: float, capturable: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Decompose a Gram matrix, small eigenvalues as precisely as large ones.
+
+    Norms six decades apart give eigenvalues twelve decades apart, and a common eigensolver loses
+    the small ones. But with cosines :math:`C = V \Lambda V^\top` and norms :math:`D` they are the
+    squared singular values of :math:`D V \Lambda^{1/2}`, which come out precisely when its rows
+    are sorted by length. Jacobi rotations, taken with ``capturable``, are as precise.
+
+    Args:
+        gram: Inner products, shape ``[m, m]``, symmetric, PSD up to rounding.
+        tol: Eigenvalues of :math:`C` below this part of the largest count as zero, so that the
+            rank does not depend on the norms.
+        capturable: Use a fixed sequence of operations on the device.
+
+    Returns:
+        Eigenvalues, shape ``[m]``, in no order, exactly 0 where they count as zero, and the
+        eigenvectors as columns, shape ``[m, m]``.
+
+    Source:
+        Demmel and Veselić, SIAM Journal on Matrix Analysis and Applications 13, 1992.
+
+    Example:
+        >>> gram = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+        >>> gram_eigen(gram, tol=1e-12)[0]
+        tensor([2., 0.], dtype=torch.float64)
+    """
+    if not capturable:
+        values, vectors = torch.linalg.eigh(gram)
+        if values[0].item() > max(EVEN, len(gram) * tol) * values[-1].item():
+            return values, vectors
+    cosines, norms = equilibrate(gram)
+    largest = norms.amax()
+    lengths = norms / largest.where(largest > 0, 1)
+    inner, basis = symmetric_eigen(cosines, capturable=capturable)
+    kept = inner > tol * inner.amax()
+    if capturable:
+        values, vectors = symmetric_eigen(cosines * lengths * lengths.unsqueeze(1), capturable=True)
+        values, order = values.sort(descending=True)
+        vectors = vectors[:, order]
+    else:
+        order = lengths.argsort(descending=True)
+        root = (basis * inner.where(kept, 0).sqrt() * lengths.unsqueeze(1))[order]
+        left, singular, _ = torch.linalg.svd(root)
+        values, vectors = singular.square(), left[order.argsort()]
+    positions = torch.arange(len(gram), device=gram.device)
+    values = values.where(positions < kept.sum(), 0)
+    return values * largest.square(), vectors
 
 
 def _round_robin(m: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:

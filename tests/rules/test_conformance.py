@@ -30,11 +30,18 @@ def _possible(transform: str, rule: Rule) -> bool:
     return min(rule.batches) == 1 and (weighted or not TRANSFORMS[transform]().needs_weights)
 
 
+# rules of every kind: on losses, learning, observing, on norms, on the Gram matrix, random, with
+# heads of their own, on gradients with weights and without
+CHAINED = (
+    *("gls", "uw", "famo", "dwa", "gradnorm", "mgda", "upgrad", "pcgrad", "nash_mtl", "imtl"),
+    *("excess_mtl", "db_mtl", "moco", "graddrop"),
+)
+
 SUBJECTS: dict[str, Rule] = {name: make_rule(name) for name in RULES}
 SUBJECTS |= {
     f"{transform} {name}": chain(transform, name)
     for transform in TRANSFORMS
-    for name in RULES
+    for name in CHAINED
     if _possible(transform, make_rule(name))
 }
 

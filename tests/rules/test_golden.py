@@ -23,6 +23,7 @@ EDGES = {
 NONE_RESCALED = {"c": 0.5, "rescale": None}
 NOT_CLIPPED = {"max_norm": None}
 GIVEN = {"order": "given"}
+BARGAIN, HALF = {"alpha": 1.0}, {"alpha": 0.5}
 
 
 class Golden(NamedTuple):
@@ -51,6 +52,38 @@ GOLDEN = [
         "J3",
         [3.055050, 2.256304, 1],
         [3.853797, 5.823963, 4.256304, 2.944950],
+    ),
+    Golden("constant", {"weights": [1, 2, 0.5]}, "J3", [1, 2, 0.5], [0, 5, 3, 2]),
+    Golden("si", {}, "J3", [2, 0.5, 1], [3.5, -0.5, 2.5, 4]),
+    Golden("si", {"preferences": (1.0, 0.0, 3.0)}, "J3", [2, 0, 3]),
+    Golden("stch", {}, "J3", [2, 0.5, 1], [3.5, -0.5, 2.5, 4]),
+    Golden(
+        "stch",
+        {"nadir": (1.0, 2.0, 4.0)},
+        "J3",
+        [1.714286, 0.857143, 0.428571],
+        [2.571429, 2.571429, 1.714286, 0.857143],
+    ),
+    Golden("stch", {"nadir": (1.0, 2.0, 4.0), "mu": 0.1}, "J3", [0.005854, 1.498535, 0.000003]),
+    Golden("stch_plain", {"mu": 0.1}, "J3", [0.002155, 0.319771, 0.011407]),
+    Golden("pbi", {"preferences": (0.2, 0.3, 0.5)}, "J3", [-0.219937, 4.841700, -1.584163]),
+    Golden(
+        "cosmos",
+        {"preferences": (0.2, 0.3, 0.5), "lam": 2.0},
+        "J3",
+        [0.078630, 0.522512, 0.115661],
+    ),
+    Golden("igb", {}, "J3", [2, 0.5, 1]),
+    Golden("igb", {"base_losses": (1.0, 2.0, 4.0)}, "J3", [1.750536, 0.721536, 0.681659]),
+    Golden("go4align", {"beta": 0.1}, "J3", [2.489387, 0.859824, 0.859824]),
+    Golden("go4align", {"beta": 0.1, "groups": 1}, "J3", [1.403012] * 3),
+    Golden("go4align", {"beta": 0.1, "groups": 3}, "J3", [2.489387, 0.535659, 1.183989]),
+    Golden("group_dro", {"step_size": 0.1}, "J3", [0.933676, 1.084777, 0.981547]),
+    Golden(
+        "group_dro",
+        {"step_size": 0.1, "reduction": "mean"},
+        "J3",
+        [0.311225, 0.361592, 0.327182],
     ),
     Golden("mgda", {}, "J2", [0.722222, 0.277778], [-0.111111, 0.277778, 0.722222]),
     Golden(
@@ -97,6 +130,88 @@ GOLDEN = [
         [0.284940, 0.264098, 0.212424],
         [0.919348, 1.046402, 0.901372, 0.497364],
     ),
+    Golden("aligned_mtl", {}, "J2", [1.139698, 0.580907], [-0.603023, 0.580907, 1.139698]),
+    Golden(
+        "aligned_mtl",
+        {},
+        "J3",
+        [1.144507, 0.781649, 0.533137],
+        [1.507365, 1.356906, 1.847922, 2.054313],
+    ),
+    Golden("aligned_mtl", {"scale_mode": "median"}, "J3", [1.745802, 1.192308, 0.813233]),
+    Golden("aligned_mtl", {"scale_mode": "rmse"}, "J3", [2.852930, 1.948428, 1.328958]),
+    Golden("aligned_mtl", {}, "JR", None, [1.154701, 2]),
+    Golden("aligned_mtl", {}, "JP", None, [1.265632, 1.425075, 1.128653, 0.654826]),
+    Golden("fairgrad", {}, "J2", [1.210454, 0.503996], [-0.301533, 0.503996, 1.210454]),
+    Golden(
+        "fairgrad",
+        {},
+        "J3",
+        [0.491782, 0.289234, 0.181395],
+        [0.694331, 0.633906, 0.652024, 0.596586],
+    ),
+    Golden("fairgrad", {}, "JR", [0.777200, 0.241097, 1.228340], [0.567157, 1.469436]),
+    Golden(
+        "fairgrad",
+        {},
+        "JP",
+        [0.193781, 0.172370, 0.119857],
+        [0.598449, 0.679789, 0.531941, 0.313638],
+    ),
+    Golden("fairgrad", BARGAIN, "J3", [0.622916, 0.400568, 0.253271]),
+    Golden("fairgrad", BARGAIN, "JR", None, [0.707107, 1.581139]),
+    Golden("fairgrad", HALF, "J2", [1.259921, 0.629961], [-0.629961, 0.629961, 1.259921]),
+    Golden(
+        "fairgrad",
+        HALF,
+        "J3",
+        [0.791229, 0.557558, 0.370760],
+        [1.024900, 0.980863, 1.299078, 1.433331],
+    ),
+    Golden("fairgrad", HALF, "JR", None, [0.943272, 1.734947]),
+    Golden(
+        "fairgrad",
+        HALF,
+        "JP",
+        [0.427577, 0.409059, 0.362313],
+        [1.426852, 1.626527, 1.495999, 0.789890],
+    ),
+    Golden(
+        "pivrg",
+        {"scores": (10.0, -5.0, 0.0)},
+        "J3",
+        [0.529948, 0.264974, 0.181439],
+        [0.794922, 0.599112, 0.627853, 0.558689],
+    ),
+    Golden("pivrg", {}, "J3", [0.491782, 0.289234, 0.181395]),
+    Golden("config", {}, "J2", None, [-0.552786, 0.723607, 1.618034]),
+    Golden(
+        "config",
+        {},
+        "J3",
+        [1.765673, 1.034653, 0.734016],
+        [2.496693, 1.933566, 2.502686, 2.638426],
+    ),
+    Golden("config", {}, "JR", None, [0.850762, 2.406317]),
+    Golden("config", {}, "JP", None, [3.050548, 4.348794, 3.699891, 2.401645]),
+    Golden("edm", {}, "J2", [0.690983, 0.309017], [-0.236068, 0.309017, 0.690983]),
+    Golden(
+        "edm", {}, "J3", [0.499576, 0.292743, 0.207681], [0.706409, 0.547079, 0.708105, 0.746511]
+    ),
+    Golden("dualproj", {}, "J2", [0.75, 0.5], [-0.75, 0.5, 0.75]),
+    Golden("dualproj", {}, "J3", [0.5, 1 / 3, 1 / 3], [0.666667, 0.166667, 1, 1.5]),
+    Golden("dualproj", {}, "JR", [1 / 3] * 3, [0.666667, 0.666667]),
+    Golden("dualproj", {}, "JP", [1 / 3] * 3, [1.166667, 1.333333, 1.333333, 0.666667]),
+    Golden(
+        "pcd", {}, "J3", [1.201636, 0.132192, 0.246050], [2.271081, 0.614011, 0.624292, 0.274664]
+    ),
+    Golden(
+        "pcd",
+        {"tau": 0.5},
+        "J3",
+        [0.808819, 0.569190, 0.378447],
+        [1.048448, 1.002601, 1.326085, 1.461864],
+    ),
     Golden("imtl_g", {}, "J2", [0.690983, 0.309017], [-0.236068, 0.309017, 0.690983]),
     Golden(
         "imtl_g", {}, "J3", [0.499576, 0.292743, 0.207681], [0.706409, 0.547079, 0.708105, 0.746511]
@@ -118,6 +233,16 @@ GOLDEN = [
     Golden("pcgrad", GIVEN, "JP", [1, 1, 1], [3.5, 4, 4, 2]),
     Golden("gradvac", {}, "J2", [2.5, 1.3], [-1.4, 1.3, 2.5]),
     Golden("gradvac", {"target": 0.3}, "J2", [3.021515, 1.404303]),
+    Golden("epo", {}, "J2", [0, 1]),
+    Golden("epo", {}, "J3", [0, 1, 0]),
+    Golden("pmtl", {}, "J2", [0.243423, 0.129808], [-0.146001, 0.129808, 0.243423]),
+    Golden(
+        "ferero",
+        {"preferences": (0.6, 0.8)},
+        "J2",
+        [0.567010, 0.324742],
+        [-0.407216, 0.324742, 0.567010],
+    ),
 ]
 EDGE_DIRECTIONS: dict[tuple[str, str], list[list[float]]] = {  # in the order of EDGES
     ("ew", "{}"): [[1, 2], [3, 6], [0, 0], [3, 4]],
@@ -126,6 +251,14 @@ EDGE_DIRECTIONS: dict[tuple[str, str], list[list[float]]] = {  # in the order of
     ("cagrad", "no rescale"): [[0, 0], [1.5, 3], [0, 0], [4.5, 6]],
     ("nash_mtl", "no clip"): [[0.447214, 0.894427], [0.774597, 1.549193], [0, 0], [0.6, 0.8]],
     ("imtl_g", "{}"): [[1, 2], [1, 2], [0, 0], [3, 4]],
+    ("aligned_mtl", "{}"): [[1, 2], [3, 6], [0, 0], [3, 4]],
+    ("fairgrad", "{}"): [[0.341995, 0.683990], [0.493242, 0.986485], [0, 0], [0.350882, 0.467843]],
+    ("fairgrad", "bargain"): [[0.447214, 0.894427], [0.774597, 1.549193], [0, 0], [0.6, 0.8]],
+    ("config", "{}"): [[1, 2], [3, 6], [0, 0], [3, 4]],
+    ("edm", "{}"): [[1, 2], [1, 2], [0, 0], [3, 4]],
+    ("dualproj", "{}"): [[0.5, 1], [1, 2], [0, 0], [3, 4]],
+    ("krum", "{}"): [[0.5, 1], [1, 2], [0, 0], [3, 4]],
+    ("pcd", "{}"): [[0, 0], [1, 2], [1, 2], [3, 4]],
     ("pcgrad", "{}"): [[1, 2], [3, 6], [0, 0], [3, 4]],
     ("gradvac", "{}"): [[1, 2], [3, 6], [0, 0], [3, 4]],
 }
@@ -133,6 +266,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "{}": {},
     "no rescale": NONE_RESCALED,
     "no clip": NOT_CLIPPED,
+    "bargain": BARGAIN,
 }
 
 
@@ -301,7 +435,65 @@ def test_dwa_over_epochs_that_the_user_marks() -> None:
         mtl_opt.end_epoch()
 
 
+def test_ldc_mtl_at_given_shares() -> None:
+    rule = make_rule("ldc_mtl", lam=0.1)
+    core = Core(rule, tasks=3, learner="sgd", seed=0)
+    losses = torch.tensor(L3, dtype=torch.float64)
+    ctx = core.context(MODEL, range(3), losses)
+    shares = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    ctx.state["logits"] = shares.log()
+    close(rule.weights(losses, ctx), [0.18, 0.36, 0.45])
+    slope = torch.tensor([0.45, 2.4, 0.9], dtype=torch.float64)  # in the shares
+    close(ctx.slopes["logits"], (shares * (slope - shares @ slope)).tolist())
+
+
+def test_ldc_mtl_learns_beside_the_model() -> None:
+    mtl_opt = model_step("ldc_mtl", L3)
+    assert mtl_opt.last is not None
+    close(mtl_opt.last.weights, [0.95, 1.1, 0.95])
+    close(mtl_opt.core.state[MODEL]["logits"], [0.024444, -0.033056, 0.008611])
+
+
+def test_go4align_over_two_steps() -> None:
+    rule, state = make_rule("go4align", beta=0.1), None
+    steps = [
+        (L3, [0.355627, 0.306091, 0.338283], [2.489387, 0.859824, 0.859824]),
+        ([0.4, 1.0, 0.8], [0.367038, 0.297515, 0.335447], [2.018708, 0.788506, 0.788506]),
+    ]
+    for losses, shares, weights in steps:
+        result = aggregate(rows(J3), rule, losses=losses, state=state)
+        state = result.state
+        close(state["tensors"]["logits"].softmax(dim=0), shares)
+        close(result.weights, weights)
+
+
 # ---------------------------------------------------------------------------- in detail
+
+
+def test_epo_descends_where_losses_are_balanced() -> None:
+    result = aggregate(rows(J3), "epo", losses=[1, 1, 1])
+    close(result.weights, [0.465116, 0.232558, 0.302326])
+    close(result.direction, [0.697674, -0.046512, 0.837209, 1.348837])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preferences": ((1, 0), (1, 1), (0, 1)), "index": 1},
+        {"preferences": ((0, 2), (3, 3)), "index": -1},
+    ],
+)
+def test_pmtl_on_three_rays(options: dict[str, Any]) -> None:
+    result = aggregate(rows(J2), make_rule("pmtl", **options), losses=[0.5, 2])
+    close(result.weights, [0.243423, 0.129808])
+
+
+def test_ferero_multiplier_of_the_constraint() -> None:
+    result = aggregate(rows(J2), make_rule("ferero", preferences=(0.6, 0.8)), losses=[0.5, 2])
+    assert result.weights is not None
+    extra = result.weights - torch.tensor([1, 0], dtype=torch.float64)
+    close(extra, [-0.541237 * 0.8, 0.541237 * 0.6])
 
 
 def test_imtl_g_common_projection() -> None:

@@ -1,5 +1,6 @@
 """Rules that are optimisation problems: their conditions, a reference solver, their symmetries."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,9 @@ SOLVED = {
     "upgrad": {},
     "cagrad": {"rescale": None},
     "nash_mtl": {"max_norm": None},
+    "dualproj": {},
+    "fairgrad": {},
+    "pivrg": {},
 }
 
 
@@ -39,12 +43,31 @@ def weights_of(jacobian: Tensor, name: str, **options: object) -> Tensor:
 
 def projection_residual(jacobian: Tensor) -> float:
     m = len(jacobian)
-    return max(
-        reference.projection_residual(
-            jacobian, task, weights_of(jacobian, "upgrad", preferences=one_hot(m, task))
-        )
-        for task in range(0, m, 1 + m // 4)
-    )
+    residuals = []
+    for task in range(0, m, 1 + m // 4):
+        preferences = one_hot(m, task)
+        weights = weights_of(jacobian, "upgrad", preferences=preferences)
+        wanted = torch.tensor(preferences, dtype=torch.float64)
+        residuals.append(reference.projection_residual(jacobian, wanted, weights))
+    return max(residuals)
+
+
+def mean_residual(jacobian: Tensor) -> float:
+    mean = torch.full((len(jacobian),), 1 / len(jacobian), dtype=torch.float64)
+    return reference.projection_residual(jacobian, mean, weights_of(jacobian, "dualproj"))
+
+
+def informed_residual(jacobian: Tensor) -> float:
+    scores = torch.linspace(-5, 10, len(jacobian), dtype=torch.float64)
+    demand = len(jacobian) * (scores * math.log(2) / 15).softmax(0)
+    weights = weights_of(jacobian, "pivrg", scores=tuple(scores.tolist()))
+    return reference.nash_residual(jacobian, weights, 2.0, demand)
+
+
+def bisector_residual(jacobian: Tensor) -> float:
+    norms = jacobian.norm(dim=1)
+    weights = weights_of(jacobian, "edm")
+    return reference.min_norm_residual(jacobian / norms[:, None], weights * norms)
 
 
 RESIDUALS: dict[str, Callable[[Tensor], float]] = {
@@ -56,6 +79,10 @@ RESIDUALS: dict[str, Callable[[Tensor], float]] = {
     "nash_mtl": lambda jac: reference.nash_residual(
         jac, weights_of(jac, "nash_mtl", max_norm=None)
     ),
+    "fairgrad": lambda jac: reference.nash_residual(jac, weights_of(jac, "fairgrad"), 2.0),
+    "pivrg": informed_residual,
+    "dualproj": mean_residual,
+    "edm": bisector_residual,
 }
 
 

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradbal.solvers import (
     Solution,
     cagrad_point,
+    combined_min_norm,
     equilibrate,
     min_norm,
     nash_point,
     nonnegative_qp,
+    ray_descent,
+    simplex_lp,
 )
 
 
@@ -37,6 +40,22 @@ def fair(gram: Tensor, *, capturable: bool) -> Solution:
     return nash_point(gram, alpha=2.0, capturable=capturable)
 
 
+def sum_falls(gram: Tensor, *, capturable: bool) -> Solution:
+    return simplex_lp(gram.sum(0), gram, torch.zeros_like(gram[0]), capturable=capturable)
+
+
+def onto_diagonal(gram: Tensor, *, capturable: bool) -> Solution:
+    ray = torch.ones_like(gram[0])
+    excess = torch.linspace(1, 2, len(gram), dtype=gram.dtype)
+    return ray_descent(gram, ray, excess, eps=1e-16, capturable=capturable)
+
+
+def beside_the_sum(gram: Tensor, *, capturable: bool) -> Solution:
+    sides = torch.full_like(gram[:1], 0.5)
+    part = torch.ones(len(gram) + 1, dtype=torch.bool)
+    return combined_min_norm(gram, sides, part, eps=1e-16, capturable=capturable)
+
+
 SOLVERS: dict[str, Callable[..., Solution]] = {
     "nonnegative_qp": projections,
     "min_norm": min_norm,
@@ -44,6 +63,9 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "cagrad_point_c0": without_ball,
     "nash_point": nash_point,
     "nash_point_alpha2": fair,
+    "simplex_lp": sum_falls,
+    "ray_descent": onto_diagonal,
+    "combined_min_norm": beside_the_sum,
 }
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 

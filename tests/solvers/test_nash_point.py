@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from solver_cases import EDGES, FAMILIES, GOLDEN, SIZES, draw, half_rank_stationary, rows, unit
 from torch import Tensor
 
-from gradbal.solvers import cvxpy_nash, nash_point
+from gradbal.solvers import cvxpy_nash, min_norm, nash_point
 
 WEIGHTS = {
     ("J2", 1.0): [1.232448, 0.551167],
@@ -22,9 +22,14 @@ WEIGHTS = {
 }
 
 
-def violation(jac: Tensor, weights: Tensor, alpha: float) -> float:
+def violation(jac: Tensor, weights: Tensor, alpha: float, demand: Tensor | float = 1.0) -> float:
     assert (weights > 0).all()
-    return (weights ** (1 / alpha) * (jac @ (weights @ jac)) - 1).abs().max().item()
+    return ((weights / demand) ** (1 / alpha) * (jac @ (weights @ jac)) - 1).abs().max().item()
+
+
+def asked(m: int) -> Tensor:
+    """Demands with a ratio of at most 4."""
+    return 0.5 + 1.5 * torch.rand(m, generator=torch.Generator().manual_seed(m)).double()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
@@ -40,6 +45,40 @@ def test_equations(family: str, m: int, alpha: float) -> None:
 def test_many_tasks() -> None:
     jac = draw("conflicting", 128)
     assert violation(jac, nash_point(jac @ jac.T).value, 1.0) <= 1e-9
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0, 10.0])
+@pytest.mark.parametrize("m", [2, 3, 8, 16, 40, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equations_with_demands(family: str, m: int, alpha: float, size: float) -> None:
+    jac = size * draw(family, m)
+    solution = nash_point(jac @ jac.T, alpha=alpha, demand=asked(m))
+    assert solution.converged
+    assert violation(jac, solution.value, alpha, asked(m)) <= 1e-8
+
+
+@pytest.mark.parametrize("m", [2, 3, 8, 16])
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2, 20.0, 50.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_extreme_fairness(family: str, m: int, alpha: float) -> None:
+    """Sides of an equation many decades apart, as far as a cosine can be told from zero."""
+    jac = draw(family, m)
+    solution = nash_point(jac @ jac.T, alpha=alpha, max_iter=200)
+    assert solution.converged
+    gains = unit(jac)[0] @ (solution.value @ jac)
+    wanted = solution.value ** (-1 / alpha) / jac.norm(dim=1)
+    length = (solution.value @ jac).norm()
+    assert (gains - wanted).abs().max() <= 1e-8 * length
+
+
+def test_large_alpha_is_the_worst_task_and_small_alpha_the_sum() -> None:
+    jac = rows(GOLDEN["J3"])
+    far = nash_point(jac @ jac.T, alpha=200.0, max_iter=400).value
+    shortest = min_norm(jac @ jac.T).value
+    torch.testing.assert_close(far / far.sum(), shortest, rtol=0, atol=0.01)
+    near = nash_point(jac @ jac.T + 20, alpha=0.001, max_iter=400).value
+    torch.testing.assert_close(near, torch.ones_like(near), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -60,6 +99,16 @@ def test_agrees_with_cvxpy(family: str, alpha: float) -> None:
     reference = cvxpy_nash(jac @ jac.T, alpha=alpha)
     assert reference.converged
     found = nash_point(jac @ jac.T, alpha=alpha).value
+    torch.testing.assert_close(found, reference.value, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_agrees_with_cvxpy_on_demands(family: str, alpha: float) -> None:
+    jac = draw(family, 6)
+    reference = cvxpy_nash(jac @ jac.T, alpha=alpha, demand=asked(6))
+    assert reference.converged
+    found = nash_point(jac @ jac.T, alpha=alpha, demand=asked(6)).value
     torch.testing.assert_close(found, reference.value, rtol=1e-4, atol=0)
 
 

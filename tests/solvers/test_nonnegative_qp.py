@@ -39,6 +39,19 @@ def test_many_tasks() -> None:
     assert violation(cosines, linear, nonnegative_qp(cosines, linear).value) <= 1e-12
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("m", [2, 3, 8, 16, 40, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_problem_at_a_time(family: str, m: int, size: float) -> None:
+    """The projection of the mean gradient, and the shortest vector of the directions."""
+    jac = size * draw(family, m)
+    cosines, norms = equilibrate(jac @ jac.T)
+    for hessian, linear in ((cosines, cosines @ norms), (cosines + 1, -torch.ones_like(norms))):
+        solution = nonnegative_qp(hessian, linear)
+        assert solution.converged
+        assert violation(hessian, linear, solution.value) <= 1e-9
+
+
 @pytest.mark.parametrize("m", [3, 8, 30])
 @pytest.mark.parametrize("family", [*FAMILIES, "stationary"])
 def test_agrees_with_nnls_on_the_rows(family: str, m: int) -> None:

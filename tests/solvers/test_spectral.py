@@ -1,10 +1,13 @@
 """The eigensolver that never leaves the device, and the combination of equal projections."""
 
+import math
+
+import mpmath
 import pytest
 import torch
 from torch import Tensor
 
-from gradbal.solvers import equal_projection, equilibrate, symmetric_eigen
+from gradbal.solvers import equal_projection, equilibrate, gram_eigen, symmetric_eigen
 
 SIZES = (1, 2, 3, 5, 8, 16, 33)
 EPS = torch.finfo(torch.float64).eps
@@ -33,6 +36,67 @@ def test_equal_and_diagonal_matrices_are_left_as_they_are() -> None:
     values, vectors = symmetric_eigen(matrix, capturable=True)
     torch.testing.assert_close(values, matrix.diagonal())
     torch.testing.assert_close(vectors, torch.eye(3, dtype=torch.float64))
+
+
+def spread(jac: Tensor, decades: float, seed: int) -> Tensor:
+    """Give the rows lengths that lie some decades apart, in no order; powers of two are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(-decades / 2, decades / 2, len(jac), dtype=torch.float64)
+    order = torch.randperm(len(jac), generator=generator)
+    return jac * 2.0 ** (lengths[order] / math.log10(2)).round()[:, None]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("decades", [0, 3, 6, 8, 12])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16])
+def test_small_eigenvalues_are_as_precise_as_large_ones(
+    m: int, decades: float, capturable: bool
+) -> None:
+    for scale in (1e-12, 1.0, 1e12):
+        jac = scale * spread(rows(m, 4 * m, seed=m), decades, seed=m)
+        values, vectors = gram_eigen(jac @ jac.T, tol=m * EPS, capturable=capturable)
+        aligned = (vectors * values.rsqrt()) @ vectors.T @ jac  # the rows of a rotation
+        torch.testing.assert_close(
+            aligned @ aligned.T, torch.eye(m, dtype=torch.float64), rtol=0, atol=1e-9
+        )
+        digits = mpmath.matrix(jac.tolist())
+        with mpmath.workdps(60):
+            exact = sorted(float(value) for value in mpmath.eigsy(digits * digits.T)[0])
+        torch.testing.assert_close(values.sort().values.tolist(), exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("decades", [0, 6, 12])
+@pytest.mark.parametrize(("m", "rank"), [(2, 1), (3, 2), (8, 4), (16, 5)])
+def test_the_rank_does_not_depend_on_lengths(
+    m: int, rank: int, decades: float, capturable: bool
+) -> None:
+    jac = (rows(m, rank, seed=m) * 4).round() @ (rows(rank, 2 * m, seed=rank) * 4).round()
+    jac = spread(jac, decades, seed=m)
+    values, vectors = gram_eigen(jac @ jac.T, tol=m * EPS, capturable=capturable)
+    assert (values > 0).sum() == rank
+    assert (values == 0).sum() == m - rank
+    vectors, values = vectors[:, values > 0], values[values > 0]
+    aligned = (vectors * values.rsqrt()) @ vectors.T @ jac
+    torch.testing.assert_close(aligned @ aligned.T @ aligned, aligned, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_coarse_tolerance_holds_for_well_conditioned_matrices_too(capturable: bool) -> None:
+    gram = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    values, _ = gram_eigen(gram, tol=0.1, capturable=capturable)
+    torch.testing.assert_close(values.sort().values, torch.tensor([0.0, 1.9]).double())
+    values, _ = gram_eigen(gram, tol=0.01, capturable=capturable)
+    torch.testing.assert_close(values.sort().values, torch.tensor([0.1, 1.9]).double())
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("table", [[[0.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 5.0]]])
+def test_rows_of_zeros_have_eigenvalues_of_zero(table: list[list[float]], capturable: bool) -> None:
+    gram = torch.tensor(table, dtype=torch.float64)
+    values, vectors = gram_eigen(gram, tol=EPS, capturable=capturable)
+    torch.testing.assert_close(values.sort().values, gram.diagonal())
+    assert vectors.isfinite().all()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -1,0 +1,55 @@
+"""DualProj: the mean gradient projected so that it harms no task."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gradbal import checks
+from gradbal.registry import register
+from gradbal.rule import Claim, Context, GramRule, Scale
+from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
+
+
+@register(
+    "dualproj",
+    claims=[Claim.NON_CONFLICTING, Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    paper="Lopez-Paz & Ranzato, NIPS 2017",
+    year=2017,
+)
+@dataclass(frozen=True, kw_only=True)
+class DualProj(GramRule):
+    r"""Projection of :math:`J^\top u` onto the dual cone :math:`\{d : J d \ge 0\}`.
+
+    The mean where it conflicts with no task.
+
+    Args:
+        preferences: Weights :math:`u`, one per task, not negative; None for 1/m each.
+        solver: ``"exact"`` or the slow reference ``"cvxpy"``.
+
+    Source:
+        Lopez-Paz and Ranzato, NIPS 2017 (gradient episodic memory), the dual problem, for the mean
+        of all tasks; on gradients of unit length, with neither margin nor ridge.
+    """
+
+    scale: ClassVar[Scale] = "mean"
+    per_task: ClassVar[tuple[str, ...]] = ("preferences",)
+
+    preferences: tuple[float, ...] | None = None
+    solver: Literal["exact", "cvxpy"] = "exact"
+
+    def __post_init__(self) -> None:
+        checks.one_of(self, ("exact", "cvxpy"), solver=self.solver)
+        for preference in self.preferences or ():
+            checks.at_least(self, 0, preferences=preference)
+
+    def weights(self, gram: Tensor, ctx: Context) -> Tensor:
+        cosines, norms = equilibrate(gram)
+        preferences = ctx.state.get("preferences", norms.new_full((len(norms),), 1 / len(norms)))
+        linear = cosines @ (preferences * norms)
+        if self.solver == "cvxpy":
+            solution = cvxpy_nonnegative_qp(cosines, linear)
+        else:
+            solution = nonnegative_qp(cosines, linear, capturable=ctx.capturable)
+        ctx.stats["residual"] = solution.residual
+        return preferences + solution.value / norms.where(norms > 0, 1)

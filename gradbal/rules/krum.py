@@ -1,0 +1,83 @@
+"""Krum: the task gradients that lie closest to the others."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradbal import checks
+from gradbal.registry import register
+from gradbal.rule import Claim, Context, GramRule, Scale
+
+TIE = 32  # rounding errors of the Gram matrix within which two scores are the same
+
+
+@register(
+    "krum",
+    claims=[Claim.HOMOGENEOUS, Claim.SIMPLEX],
+    paper="Blanchard et al., NIPS 2017",
+    year=2017,
+)
+@dataclass(frozen=True, kw_only=True)
+class Krum(GramRule):
+    r"""Multi-Krum: the mean of the gradients with the lowest scores.
+
+    The score of a task is the sum of its squared distances to its :math:`m - f - 2` nearest
+    neighbours, so that up to :math:`f` gradients may be anything without doing harm. Of equal
+    scores the first task's counts as lower. A zero gradient is a vote like any other.
+
+    Args:
+        n_byzantine: :math:`f`, tasks not to be trusted; there must be at least :math:`f + 3`
+            tasks. None for the largest number that the authors' theorem allows; then one or two
+            tasks are averaged, for neither is closer to the others.
+        n_selected: How many gradients are averaged; at most as many as there are tasks.
+        squared: Add squared distances, as in the paper, or distances.
+
+    Source:
+        Blanchard et al., NIPS 2017: the Krum function, and Multi-Krum of their experiments.
+    """
+
+    scale: ClassVar[Scale] = "mean"
+
+    n_byzantine: int | None = None
+    n_selected: int = 1
+    squared: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_byzantine is not None:
+            checks.of_type(self, int, n_byzantine=self.n_byzantine)
+            checks.at_least(self, 0, n_byzantine=self.n_byzantine)
+        checks.of_type(self, int, n_selected=self.n_selected)
+        checks.at_least(self, 1, n_selected=self.n_selected)
+        checks.one_of(self, (True, False), squared=self.squared)
+
+    def weights(self, gram: Tensor, ctx: Context) -> Tensor:
+        m = len(gram)
+        if m < 3 and self.n_byzantine is None:
+            return gram.new_full((m,), 1 / m)
+        near = self._neighbours(m) + 1  # with itself, at distance 0
+        squares = gram.diagonal()
+        sizes = squares + squares.unsqueeze(1)
+        distances = torch.add(sizes, gram, alpha=-2).clamp(min=0)
+        distances, index = distances.topk(near, largest=False)
+        errors = TIE * ctx.eps * sizes.gather(1, index)
+        if not self.squared:
+            errors, distances = (distances + errors).sqrt(), distances.sqrt()
+            errors = errors - distances
+        scores, errors = distances.sum(dim=1), errors.sum(dim=1)
+        beyond = scores - scores.kthvalue(self.n_selected).values
+        places = (beyond - beyond.clamp(-errors, errors)).sign()  # 0 for a tie with the last one
+        chosen = places.argsort(stable=True)[: self.n_selected]
+        return torch.zeros_like(scores).index_fill(0, chosen, 1 / self.n_selected)
+
+    def _neighbours(self, m: int) -> int:
+        """Return how many neighbours count, or tell that there are too few tasks."""
+        f = (m - 3) // 2 if self.n_byzantine is None else self.n_byzantine
+        if m < f + 3:
+            raise ValueError(
+                f"Krum: `n_byzantine` must be at most the number of tasks minus 3, got {f} with "
+                f"{m} tasks."
+            )
+        checks.between(self, 1, m, n_selected=self.n_selected)
+        return m - f - 2
