@@ -65,9 +65,9 @@ def gram_eigen(gram: Tensor, *, tol: float, capturable: bool = False) -> tuple[T
         Demmel and Veselić, SIAM Journal on Matrix Analysis and Applications 13, 1992.
 
     Example:
-        >>> gram = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+        >>> gram = torch.tensor([[1e8, 5.0], [5.0, 1e-6]], dtype=torch.float64)
         >>> gram_eigen(gram, tol=1e-12)[0]
-        tensor([2., 0.], dtype=torch.float64)
+        tensor([1.0000e+08, 7.5000e-07], dtype=torch.float64)
     """
     if not capturable:
         values, vectors = torch.linalg.eigh(gram)
