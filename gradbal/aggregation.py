@@ -105,9 +105,9 @@ def aggregate(
     if isinstance(result, Weights):
         result = result.shared
     if isinstance(result, Tensor):
-        weights = result.to(jacobian)
-        precise = weights if jacobian.dtype in (torch.float32, torch.float64) else result
-        return Aggregation(combine(jacobian, precise), weights, ctx.stats, kept)
+        result = result.to(jacobian.device)
+        direction = combine(jacobian, result)
+        return Aggregation(direction, result.to(jacobian.dtype), ctx.stats, kept)
     shared = result.shared if isinstance(result, Direction) else result
     return Aggregation(shared[0].to(jacobian.dtype), None, ctx.stats, kept)
 

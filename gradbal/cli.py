@@ -16,7 +16,7 @@ from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
 from gradbal.demo.settings import Settings
 from gradbal.registry import RULES, Entry, make_rule
-from gradbal.rule import GradientRule, GramRule, LossRule, Rule
+from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
 
 Rows = Sequence[tuple[str, ...]]
 JACOBIAN = [[4.0, 0.0, 1.0, 0.0], [-1.0, 2.0, 0.0, 0.5], [-1.0, -3.0, 0.5, 1.0]]  # all conflict
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, demo = _parsers()
     given = parser.parse_args(argv)
     if given.command == "list":
-        rows = rule_rows()
+        rows = claim_rows() if given.claims else rule_rows()
         print(markdown_table(rows) if given.markdown else plain_table(rows))
     elif given.command == "demo":
         _demo(demo, given)
@@ -62,6 +62,7 @@ def _parsers() -> tuple[_Parser, _Parser]:
     commands = parser.add_subparsers(dest="command", metavar="command")
     rules = commands.add_parser("list", help="show the rules", description=rule_rows.__doc__)
     rules.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    rules.add_argument("--claims", action="store_true", help="show what each rule promises")
     what = "train a small network on two-digit pictures under several rules"
     demo = commands.add_parser("demo", help=what, description=f"{what.capitalize()}.")
     default = Settings()
@@ -106,6 +107,16 @@ def rule_rows() -> Rows:
     """Show every rule: its source, what it looks at, and what it keeps from step to step."""
     header = ("rule", "paper", "looks at", "from step to step", "random", "scale", "heads")
     return [header, *(_row(RULES[name]) for name in sorted(RULES))]
+
+
+def claim_rows() -> Rows:
+    """Show what every rule promises with its default options."""
+    names = [claim.name.lower().replace("_", " ") for claim in Claim]
+    rows = [
+        (name, *("yes" if claim in RULES[name].claims else "-" for claim in Claim))
+        for name in sorted(RULES)
+    ]
+    return [("rule", *names), *rows]
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

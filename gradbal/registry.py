@@ -49,7 +49,8 @@ def register(
 
     Args:
         name: What users type; lower case with underscores.
-        claims: Promises that the shared tests then hold the rule to.
+        claims: Promises that the shared tests then hold the rule to. That a rule on losses is
+            linear under scaling need not be said: its weights know no gradient.
         paper: Authors and venue.
         year: Year of publication.
         aliases: Other names that users may type.
@@ -72,7 +73,8 @@ def register(
                 raise ValueError(
                     f"register: the name {wanted!r} is taken by {taken}; choose another."
                 )
-        _RULES[name] = Entry(name, rule, frozenset(claims), paper, year, aliases)
+        kept = {*claims, Claim.LINEAR} if issubclass(rule, LossRule) else claims
+        _RULES[name] = Entry(name, rule, frozenset(kept), paper, year, aliases)
         return rule
 
     return enter

@@ -24,6 +24,7 @@ class Claim(Enum):
     EQUIVARIANT = "tasks in another order get the same weights in that order"
     HOMOGENEOUS = "c times the gradients gives c times the direction, c > 0"
     SCALE_FREE = "rescaling one task's gradient leaves the direction as it is"
+    LINEAR = "linear under scaling: factors a + b on the gradients give the sum of a's and b's"
     SIMPLEX = "weights are non-negative and sum to 1"
     SUMS_TO_TASKS = "weights are non-negative and sum to the number of tasks"
 

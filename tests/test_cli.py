@@ -116,6 +116,11 @@ def test_list_finds_out_who_draws_random_numbers_and_who_weights_heads_apart() -
     ]
 
 
+def test_the_page_of_guarantees_shows_the_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    table = said(capsys, "list", "--claims", "--markdown").strip()
+    assert table in (ROOT / "docs" / "guarantees.md").read_text()
+
+
 def test_readme_shows_the_table_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = said(capsys, "list", "--markdown").strip()
     tables = re.findall(

@@ -13,7 +13,7 @@ from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
 
 @register(
     "upgrad",
-    claims=[Claim.NON_CONFLICTING, Claim.EQUIVARIANT, Claim.HOMOGENEOUS],
+    claims=[Claim.NON_CONFLICTING, Claim.EQUIVARIANT, Claim.HOMOGENEOUS, Claim.LINEAR],
     paper="Quinton & Rey, 2024",
     year=2024,
 )

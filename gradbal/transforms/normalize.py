@@ -48,5 +48,5 @@ class Normalize(Transform):
     def keep(self, claims: frozenset[Claim]) -> frozenset[Claim]:
         claims = claims - {Claim.SIMPLEX, Claim.SUMS_TO_TASKS}
         if self.needs_norms:
-            claims = claims - {Claim.HOMOGENEOUS} | {Claim.SCALE_FREE}
+            claims = claims - {Claim.HOMOGENEOUS, Claim.LINEAR} | {Claim.SCALE_FREE}
         return claims
