@@ -69,7 +69,7 @@ PAIRS: dict[str, Pair] = {
     "pcgrad": Pair(make_rule("pcgrad"), lambda m: peer.PCGrad()),
     "sdmgrad": Pair(make_rule("sdmgrad", lr=10.0), lambda m: crossed(peer.SDMGradWeighting())),
     "trimmed_mean": Pair(
-        make_rule("trimmed_mean", trim=1), lambda m: peer.TrimmedMean(trim_number=1), 3
+        make_rule("trimmed_mean", n_trimmed=1), lambda m: peer.TrimmedMean(trim_number=1), 3
     ),
     "upgrad": Pair(make_rule("upgrad"), lambda m: peer.UPGrad()),
 }
@@ -120,7 +120,7 @@ def unfairness(jacobian: Tensor, direction: Tensor, alpha: float) -> float:
 
 RESIDUALS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "config": spread,
-    "imtl_g": spread,
+    "imtl_g": conflict,
     "dualproj": conflict,
     "upgrad": conflict,
     "mgda": gap,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal import checks
-from gradbal.gram import HUGE, TINY, combine, gram_matrix, total_gram, total_vector
+from gradbal.gram import HUGE, TINY, combine, combine_tiny, gram_matrix, total_gram, total_vector
 from gradbal.learner import advance
 from gradbal.registry import make_rule
 from gradbal.rule import (
@@ -81,13 +81,13 @@ def aggregate(
     """
     rule = make_rule(rule)
     jacobian, values = _check(jacobian, rule, losses, more)
-    gram = None
+    gram, tiny = None, False
     if isinstance(rule, GradientRule):
         _check_rows(jacobian)
         values = values.cpu()
     elif not isinstance(rule, LossRule):
         found = [jacobian, *(rows.detach() for rows in more if isinstance(rows, Tensor))]
-        gram, values = _host_gram(found), values.cpu()
+        (gram, tiny), values = _host_gram(found), values.cpu()
     ctx = _context(rule, jacobian, values, state, generator)
     if isinstance(rule, GradientRule):
         ctx.more = [[rows.detach()] if isinstance(rows, Tensor) else partial(rows) for rows in more]
@@ -105,9 +105,13 @@ def aggregate(
     if isinstance(result, Weights):
         result = result.shared
     if isinstance(result, Tensor):
-        result = result.to(jacobian.device)
-        direction = combine(jacobian, result)
-        return Aggregation(direction, result.to(jacobian.dtype), ctx.stats, kept)
+        weights = result.to(jacobian)
+        if tiny:
+            direction = combine_tiny(jacobian, result.to(jacobian.device))
+        else:
+            precise = weights if jacobian.dtype in _PLAIN else result
+            direction = combine(jacobian, precise)
+        return Aggregation(direction, weights, ctx.stats, kept)
     shared = result.shared if isinstance(result, Direction) else result
     return Aggregation(shared[0].to(jacobian.dtype), None, ctx.stats, kept)
 
@@ -118,8 +122,8 @@ def _ask(rule: Rule, signal: Tensor, ctx: Context) -> Tensor | Weights:
     return rule.weights(signal, ctx)
 
 
-def _host_gram(batches: Sequence[Tensor]) -> Tensor:
-    """Return the inner products of all rows, on the host.
+def _host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Return the inner products of all rows, on the host, and whether some row is tiny.
 
     Raises:
         ValueError: If an entry is not finite.
@@ -127,10 +131,12 @@ def _host_gram(batches: Sequence[Tensor]) -> Tensor:
     rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
     gram = gram_matrix(rows).cpu()
     squares = gram.diagonal().tolist()
-    if not all(TINY < square < HUGE for square in squares):
-        gram = gram_matrix(rows, scaled=True).cpu()
-        _check_finite(gram.diagonal().tolist())
-    return gram
+    if all(TINY < square < HUGE for square in squares):
+        return gram, False
+    gram = gram_matrix(rows, scaled=True).cpu()
+    squares = gram.diagonal().tolist()
+    _check_finite(squares)
+    return gram, any(0 < square < TINY for square in squares)
 
 
 def _context(
@@ -234,6 +240,7 @@ def _probe(
 
 
 _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
+_PLAIN = (torch.float32, torch.float64)
 _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _KINDS}
 _EPS = {dtype: torch.finfo(kind).eps for dtype, kind in _WIDE.items()}

@@ -1,6 +1,5 @@
 """Inner products and combinations of rows, in a precision that can be trusted."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -45,11 +44,10 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     return torch.ldexp(total, 2 * exponent)
 
 
-def _far_apart(rows: Tensor, weights: Tensor, out: Tensor | None) -> Tensor:
-    """Combine tiny rows whose weights are too large for their dtype."""
-    exponent = torch.frexp(weights.abs().amax()).exponent - 100
-    sums = torch.mv(rows.T, torch.ldexp(weights, -exponent).to(rows.dtype), out=out)
-    return torch.ldexp(sums, exponent, out=sums)
+def combine_tiny(rows: Tensor, weights: Tensor) -> Tensor:
+    """Combine rows so small that their weights may be too large for their dtype."""
+    exponent = (torch.frexp(weights.abs().amax()).exponent - 100).clamp(min=0)
+    return torch.ldexp(combine(rows, torch.ldexp(weights, -exponent)), exponent)
 
 
 def total_gram(rows: Sequence[Tensor], *, host: bool = False) -> Tensor:
@@ -122,10 +120,7 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         out: Where to write, shape ``[n]``; None for a new tensor.
     """
     if _is_plain(rows):
-        narrow = weights.to(rows.dtype)
-        if narrow.is_cpu and not math.isfinite(narrow.sum().item()):
-            return _far_apart(rows, weights, out)
-        return torch.mv(rows.T, narrow, out=out)
+        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
     if out is None:
         out = rows.new_empty(rows.shape[1])
     if rows.is_complex():
