@@ -147,9 +147,10 @@ class Descent:
             ):
                 sink.held.append(cotangent.values)
         else:
-            sink = self.keep
-            sink.open(self.params, self._group(shared), plan.sparse, n_rows, len(batch.tasks))
-            self._cross(plan, batch.seeds(scale), heads, sink, retain_graph)
+            sink, segment = self.keep, self.engine.segment(plan, self.params, retain_graph)
+            apart = plan.sparse.union(plan.trunk[i] for i in segment.layers)
+            sink.open(self.params, self._group(shared), apart, n_rows, len(batch.tasks))
+            self._cross(plan, segment, batch.seeds(scale), heads, sink)
             sink.close()
         return self._collected(batch.tasks, heads, sink, plan.reached, shared)
 
@@ -167,7 +168,8 @@ class Descent:
                 "accumulated; use Sequential or Batched."
             )
         heads, aside = Heads(), Aside(batch.tasks, plan.reached)
-        self._cross(plan, batch.seeds(scale), heads, aside, retain_graph)
+        segment = self.engine.segment(plan, self.params, retain_graph)
+        self._cross(plan, segment, batch.seeds(scale), heads, aside)
         for task, grads in zip(batch.tasks, heads.grads, strict=True):
             for number, grad in grads.items():
                 aside.rows.setdefault(number, {})[task] = grad
@@ -229,14 +231,11 @@ class Descent:
             log.warning(message)
 
     def _cross(
-        self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
+        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
-        edges = plan.cut if plan.trunk else ()
-        cotangents = descend(
-            plan, self.params, seeds, heads, sink, edges=edges, retain_graph=retain_graph
-        )
-        segment = Segment(edges, [self.params[number] for number in plan.trunk], retain_graph)
+        top, keep = segment.top, segment.retain_graph
+        cotangents = descend(plan, self.params, seeds, heads, sink, edges=top, retain_graph=keep)
         for rows in self.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 
