@@ -156,16 +156,21 @@ class Descent:
             ):
                 sink.held.append(cotangent.values)
         else:
-            sink = self.keep
-            sparse = plan.sparse.union(*(other.sparse for other, _ in further))
+            sink, plans = self.keep, [plan, *(other for other, _ in further)]
+            last = len(further)  # batches may come from one forward pass
+            segments = [
+                self.engine.segment(one, self.params, retain_graph or place < last)
+                for place, one in enumerate(plans)
+            ]
+            apart = set[int]()
+            for one, segment in zip(plans, segments, strict=True):
+                apart |= one.sparse.union(one.trunk[i] for i in segment.layers)
             group = self._group(shared)
-            sink.open(self.params, group, sparse, n_rows * n_batches, m * n_batches)
-            self._cross(plan, batch.seeds(scale), heads, sink, retain_graph or bool(further))
+            sink.open(self.params, group, apart, n_rows * n_batches, m * n_batches)
+            self._cross(plan, segments[0], batch.seeds(scale), heads, sink)
             for place, (other, losses) in enumerate(further, 1):
-                keep = retain_graph or place < len(
-                    further
-                )  # batches may come from one forward pass
-                self._cross(other, losses.seeds(scale), Heads(), Further(sink, place * m), keep)
+                later = Further(sink, place * m)
+                self._cross(other, segments[place], losses.seeds(scale), Heads(), later)
             sink.close()
         return self._collected(batch.tasks, heads, sink, plan.reached, shared, n_batches)
 
@@ -183,7 +188,8 @@ class Descent:
                 "accumulated; use Sequential or Batched."
             )
         heads, aside = Heads(), Aside(batch.tasks, plan.reached)
-        self._cross(plan, batch.seeds(scale), heads, aside, retain_graph)
+        segment = self.engine.segment(plan, self.params, retain_graph)
+        self._cross(plan, segment, batch.seeds(scale), heads, aside)
         for task, grads in zip(batch.tasks, heads.grads, strict=True):
             for number, grad in grads.items():
                 aside.rows.setdefault(number, {})[task] = grad
@@ -245,14 +251,11 @@ class Descent:
             log.warning(message)
 
     def _cross(
-        self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, sink: Sink, retain_graph: bool
+        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
-        edges = plan.cut if plan.trunk else ()
-        cotangents = descend(
-            plan, self.params, seeds, heads, sink, edges=edges, retain_graph=retain_graph
-        )
-        segment = Segment(edges, [self.params[number] for number in plan.trunk], retain_graph)
+        top, keep = segment.top, segment.retain_graph
+        cotangents = descend(plan, self.params, seeds, heads, sink, edges=top, retain_graph=keep)
         for rows in self.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 

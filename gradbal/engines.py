@@ -1,12 +1,15 @@
 """How task gradients are computed: presets that users choose from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradbal import checks
-from gradbal.crossing import Batch, loop
+from gradbal.crossing import Batch, Segment, factored, find_layers, loop
 from gradbal.crossing.segment import Crossing
+from gradbal.graph import Plan
 
 
 class Engine:
@@ -15,6 +18,17 @@ class Engine:
     def crossing(self) -> Crossing:
         """Return how cotangents are taken down; called once per optimizer."""
         return loop
+
+    def segment(self, plan: Plan, params: Sequence[Tensor], retain_graph: bool) -> Segment:
+        """Return the trunk of one batch, as it is to be gone through.
+
+        Args:
+            plan: The plan.
+            params: All parameters of the optimizer.
+            retain_graph: Keep the graph.
+        """
+        top = plan.cut if plan.trunk else ()
+        return Segment(top, [params[number] for number in plan.trunk], retain_graph)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,37 @@ class Batched(Engine):
 
     def crossing(self) -> Crossing:
         return Batch(self.chunk_size)
+
+
+@dataclass(frozen=True)
+class Factored(Engine):
+    r"""As exact as one pass per task, with fewer operations where layers are wide.
+
+    A weight's task gradient is a product :math:`G_k^\top X` of the cotangent at the layer's output
+    and the layer's input, which the graph holds. It need not be formed: inner products follow
+    from the factors, and the direction, :math:`(\sum_k w_k G_k)^\top X`, is formed once for all
+    tasks. Layer by layer this is done where it costs less by count, which is where a linear layer,
+    a convolution or a table sees few rows: wide layers, late convolutions, recommenders, small
+    batches. All else goes as with ``Sequential``. Elementwise rules form all gradients in the end
+    and gain nothing.
+
+    Args:
+        chunk_size: Tasks per pass, batched as with ``Batched`` if there are several; None for all
+            at once.
+    """
+
+    chunk_size: int | None = 1
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            checks.at_least(self, 1, chunk_size=self.chunk_size)
+
+    def crossing(self) -> Crossing:
+        return partial(factored, crossing=loop if self.chunk_size == 1 else Batch(self.chunk_size))
+
+    def segment(self, plan: Plan, params: Sequence[Tensor], retain_graph: bool) -> Segment:
+        segment = super().segment(plan, params, retain_graph)
+        return segment._replace(layers=find_layers(segment, len(plan.tasks)))
 
 
 @dataclass(frozen=True, init=False)
@@ -87,6 +132,7 @@ PRESETS: dict[str, type[Engine]] = {
     "auto": Auto,
     "sequential": Sequential,
     "batched": Batched,
+    "factored": Factored,
     "representation": Representation,
 }
 

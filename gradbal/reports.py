@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbal.core import Core
+from gradbal.crossing import Layer
 from gradbal.decision import MODEL, Decision
 from gradbal.descent import Descent
 from gradbal.engines import Auto, Representation
@@ -136,7 +137,9 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         if edges
         else "Cut: none; the graphs meet in parameters only, or not at all."
     )
-    lines.append(_cost(descent, rule, m, shared))
+    layers = descent.engine.segment(plan, descent.params, True).layers
+    products = {plan.trunk[i]: layer for i, layer in layers.items()}
+    lines.append(_cost(descent, rule, m, shared, products))
     return "\n".join(lines)
 
 
@@ -153,13 +156,20 @@ def _count(descent: Descent, numbers: list[int]) -> str:
     return f"{total:,} parameters in {len(numbers)} tensors"
 
 
-def _cost(descent: Descent, rule: Rule, m: int, shared: list[int]) -> str:
+def _cost(
+    descent: Descent, rule: Rule, m: int, shared: list[int], products: Mapping[int, Layer]
+) -> str:
     if isinstance(rule, LossRule):
         return "A step costs one ordinary pass."
     if isinstance(descent.engine, Representation):
         return f"A step costs {m} passes through the heads and one through the trunk."
-    size = sum(descent.params[n].numel() * descent.params[n].element_size() for n in shared)
+    size = 0
+    for number in shared:
+        param, layer = descent.params[number], products.get(number)
+        kept = param.numel() if layer is None else sum(use.sizes.brought for use in layer.uses)
+        size += kept * param.element_size()
+    once = f", forms the gradients of {_count(descent, list(products))} once" if products else ""
     return (
-        f"A step costs {m} passes through the trunk and keeps {m} x {size / 2**20:.1f} MiB of task "
-        "gradients."
+        f"A step costs {m} passes through the trunk{once} and keeps {m} x {size / 2**20:.1f} MiB "
+        "of task gradients."
     )

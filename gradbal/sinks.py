@@ -7,22 +7,23 @@ import torch
 from torch import Tensor
 
 from gradbal.blocks import Block, lay_out, place_of
-from gradbal.crossing import Rows
+from gradbal.crossing import Product, Rows, product_gram
 from gradbal.gram import added, combine, gram_matrix, sparse_gram, stacked
 
 Weigh = Callable[[str], Tensor | None]
+Row = Tensor | Product | None
 
 
 class Keep:
     """Keep the rows: blocks of the Jacobian, preallocated once and used in every step.
 
-    Sparse gradients stay sparse and are kept apart.
+    Gradients that are sparse, or products that are not formed, stay so and are kept apart.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.layout: object = None
-        self.sparse: dict[int, list[Tensor | None]] = {}
+        self.sparse: dict[int, list[Row]] = {}
         self.written: set[int] = set()
 
     def open(
@@ -40,7 +41,7 @@ class Keep:
         Args:
             params: All parameters of the optimizer.
             groups: The group of every shared parameter, by number.
-            sparse: Parameters with sparse gradients.
+            sparse: Parameters with sparse gradients, or products.
             n_rows: Rows to allocate; the number of tasks that may ever be present.
             n_tasks: Rows in use.
         """
@@ -70,8 +71,7 @@ class Keep:
             views = block.views(block.rows[at], str(at))
             here = [n for n in views if n in found]
             if here:
-                grads = [found[n].to_dense() if found[n].is_sparse else found[n] for n in here]
-                torch._foreach_copy_([views[n] for n in here], grads)
+                torch._foreach_copy_([views[n] for n in here], [_dense(found[n]) for n in here])
 
     def close(self) -> None:
         """Set to zero what no task has written."""
@@ -93,11 +93,11 @@ class Keep:
             if block.group == group
         ]
         parts += [
-            sparse_gram(rows)
+            _gram_apart(rows, scaled=scaled)
             for number, rows in self.sparse.items()
             if self.groups[number] == group and any(row is not None for row in rows)
         ]
-        return _total(parts)
+        return _total(parts) if parts else torch.zeros(self.n_tasks, self.n_tasks).double()
 
     def direction(self, weigh: Weigh, *, in_place: bool) -> dict[int, Tensor]:
         """Return the weighted sum of the rows, one tensor per parameter.
@@ -120,13 +120,18 @@ class Keep:
             total = None if weights is None else _weighted(column[: len(weights)], weights)
             if total is not None:
                 out[number] = total
+            column.clear()  # what it holds is needed no more, and may be of the size of activations
         return out
 
     def like_rows(self, direction: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return a direction found entry by entry, sparse where the rows are, none where none."""
         out = {number: d for number, d in direction.items() if number in self.written}
         for number, rows in self.sparse.items():
-            kinds = {row.sparse_dim() if row.is_sparse else 0 for row in rows if row is not None}
+            kinds = {
+                row.sparse_dim() if isinstance(row, Tensor) and row.is_sparse else 0
+                for row in rows
+                if row is not None
+            }
             if number in out and 0 not in kinds:
                 out[number] = out[number].to_sparse(max(kinds))
         return out
@@ -193,7 +198,7 @@ class GramOnly:
         """Keep the gradients of shared parameters beside the cut."""
         for number, grad in zip(numbers, rows.grads, strict=True):
             column = self.beside.setdefault(number, [None] * self.n_tasks)
-            column[rows.tasks] = grad  # type: ignore[index]  # only single tasks come here
+            column[rows.tasks] = grad  # type: ignore[index,assignment]  # single tasks, and tensors
 
     def gram(self, group: str = "", *, scaled: bool = False) -> Tensor:
         """Return the Gram matrix of the representation's gradients, shape ``[m, m]``, float64."""
@@ -259,21 +264,42 @@ class Aside:
         tasks = self.tasks[chunk]
         for number, grad in zip(numbers, rows.grads, strict=True):
             if grad is not None:
-                for task, row in zip(tasks, grad.unbind() if chunk is at else [grad], strict=True):
+                for i, task in enumerate(tasks):
                     if self.reached[number] >> task & 1:  # a batched pass gives zeros to others
+                        row = grad[i] if chunk is at else grad
+                        row = row.to_dense() if isinstance(row, Product) else row
                         self.rows.setdefault(number, {})[task] = row
 
 
-def _weighted(rows: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
-    """Sum the rows times their weights, sparse or dense, in at least float32."""
+def _gram_apart(rows: Sequence[Row], *, scaled: bool) -> Tensor:
+    """Return the inner products of products or sparse rows; None counts as zero."""
+    uses = [row.layer.uses[0] for row in rows if isinstance(row, Product)]
+    if uses and all(uses[0].goes_with(use) for use in uses):
+        products = [row for row in rows if row is None or isinstance(row, Product)]
+        if len(products) == len(rows):
+            return product_gram(products, scaled=scaled)
+    return sparse_gram([row.to_dense() if isinstance(row, Product) else row for row in rows])
+
+
+def _weighted(rows: Sequence[Row], weights: Tensor) -> Tensor | None:
+    """Sum the rows times their weights, sparse, dense or products, in at least float32."""
+    layer = next((row.layer for row in rows if isinstance(row, Product)), None)
+    if layer is not None:
+        nothing = [None] * len(layer.uses)
+        each = [row.cotangents if isinstance(row, Product) else nothing for row in rows]
+        return layer.gradient([_weighted(c, weights) for c in zip(*each, strict=True)])
     total, dtype = None, torch.float32
     for row, weight in zip(rows, weights, strict=True):
-        if row is not None:
+        if isinstance(row, Tensor):
             dtype = row.dtype
             wide = torch.promote_types(dtype, torch.float32)
             term = row.to(wide) * weight.to(row.device, wide)
             total = term if total is None else added(total, term)
     return None if total is None else total.to(dtype)
+
+
+def _dense(row: Tensor | Product) -> Tensor:
+    return row.to_dense() if isinstance(row, Product) or row.is_sparse else row
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -61,7 +61,8 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"engine": "vmap"},
         ValueError,
-        "`engine` must be one of 'auto', 'sequential', 'batched', 'representation', got 'vmap'.",
+        "`engine` must be one of 'auto', 'sequential', 'batched', 'factored', 'representation', "
+        "got 'vmap'.",
     ),
     ({"engine": 3}, TypeError, "`engine` must be a name or one of gradbal.engines, got 3."),
     (

@@ -1,8 +1,6 @@
 """One task after the other: the reference for the other crossings."""
 
-import torch
-
-from gradbal.crossing.segment import Cotangents, Rows, RowStream, Segment
+from gradbal.crossing.segment import Cotangents, Rows, RowStream, Segment, pull
 
 
 def loop(segment: Segment, cotangents: Cotangents) -> RowStream:
@@ -11,12 +9,11 @@ def loop(segment: Segment, cotangents: Cotangents) -> RowStream:
         present = [i for i, value in enumerate(values) if value is not None]
         yield Rows(
             task,
-            torch.autograd.grad(
+            pull(
                 [segment.top[i] for i in present],
-                list(segment.params),
+                segment.params,
                 [values[i] for i in present],
                 retain_graph=segment.retain_graph or not last,
-                allow_unused=True,
             )
             if present
             else [None] * len(segment.params),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal.crossing.loop import loop
-from gradbal.crossing.segment import Cotangent, Cotangents, Rows, RowStream, Segment
+from gradbal.crossing.segment import Cotangent, Cotangents, Rows, RowStream, Segment, pull
 from gradbal.gram import stacked
 
 log = logging.getLogger("gradbal")
@@ -57,14 +57,12 @@ def _cross(segment: Segment, chunk: Sequence[Cotangent], *, retain_graph: bool) 
         return Rows(tasks, [None] * len(segment.params))
     missing: set[int] = set()
 
-    def pull(*cotangents: Tensor) -> list[Tensor]:
-        grads = torch.autograd.grad(
-            tops, list(segment.params), cotangents, retain_graph=retain_graph, allow_unused=True
-        )
+    def pull_all(*cotangents: Tensor) -> list[Tensor]:
+        grads = pull(tops, segment.params, cotangents, retain_graph=retain_graph)
         missing.update(i for i, grad in enumerate(grads) if grad is None)
         return [cotangents[0].new_zeros(()) if grad is None else grad for grad in grads]
 
     with warnings.catch_warnings():  # an operation that loops inside is slower, not wrong
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads = torch.func.vmap(pull)(*(value for value in values if value is not None))
+        grads = torch.func.vmap(pull_all)(*(value for value in values if value is not None))
     return Rows(tasks, [None if i in missing else grad for i, grad in enumerate(grads)])
