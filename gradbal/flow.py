@@ -1,6 +1,7 @@
 """The way of the data: from losses to ``.grad``, in one place."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from gradbal.calls import (
     Call,
     explaining_donation,
     fill,
+    full_precision,
     pass_once,
     replacing_grads,
 )
@@ -54,8 +56,9 @@ class Flow:
     def balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options
-        with core.transaction(random=not options.capturable) as undo:
+        with core.transaction(random=not options.capturable) as undo, ExitStack() as stack:
             batch = self.read(losses)
+            stack.enter_context(full_precision(batch.values.device))
             scale = call.initial_gradient(batch.values.device)
             decision, bad = self._decide_on_losses(batch, call)
             if bad:

@@ -238,3 +238,23 @@ def test_scale_that_grows() -> None:
         reference.step(plain.losses(batch))
     assert scale.get_scale() == 128
     assert_same(model.parameters(), plain.parameters(), 1e-9)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "factored"])
+def test_autocast_around_the_step_does_not_round_inner_products(engine: str) -> None:
+    grams = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        trunk, heads = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(2))
+        params = [*trunk.parameters(), *heads.parameters()]
+        optimizer = MTLOptimizer(torch.optim.SGD(params, lr=0.1), "pcgrad", engine=engine)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = torch.tanh(trunk(torch.linspace(-1, 1, 32).view(4, 8)))
+            losses = [head(features).square().mean() for head in heads]
+            if inside:
+                optimizer.backward(losses)
+        if not inside:
+            optimizer.backward(losses)
+        assert optimizer.last is not None
+        grams.append(optimizer.last.grams["model"])
+    assert torch.equal(*grams)

@@ -44,8 +44,16 @@ class DualProj(GramRule):
             checks.at_least(self, 0, preferences=preference)
 
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
+        m = gram.shape[0]
+        preferences = ctx.state.get("preferences", gram.new_full((m,), 1 / m))
+        if self.solver == "exact" and not ctx.capturable:
+            slopes = (gram @ preferences).tolist()
+            if min(slopes) >= 0:  # the sum harms nobody
+                return preferences
+            if m == 2:  # one task is harmed, and gets just what it needs
+                pairs = zip(preferences.tolist(), slopes, gram.diagonal().tolist(), strict=True)
+                return gram.new_tensor([u + max(-s, 0.0) / (g or 1) for u, s, g in pairs])
         cosines, norms = equilibrate(gram)
-        preferences = ctx.state.get("preferences", norms.new_full((len(norms),), 1 / len(norms)))
         linear = cosines @ (preferences * norms)
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, linear)

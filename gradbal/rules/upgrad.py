@@ -47,12 +47,23 @@ class UPGrad(GramRule):
             checks.at_least(self, 0, preferences=preference)
 
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
+        m = gram.shape[0]
+        preferences = ctx.state.get("preferences", gram.new_full((m,), 1 / m))
+        if self.solver == "exact" and not ctx.capturable:
+            least = gram.amin().item()
+            if least >= 0:  # nothing conflicts
+                return preferences
+            if m == 2:  # each loses what points against the other
+                first, second = preferences.tolist()
+                squares = gram.diagonal().tolist()
+                return gram.new_tensor(
+                    [first - second * least / squares[0], second - first * least / squares[1]]
+                )
         cosines, norms = equilibrate(gram)
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, cosines)
         else:
             solution = nonnegative_qp(cosines, cosines, capturable=ctx.capturable)
         ctx.stats["residual"] = solution.residual
-        preferences = ctx.state.get("preferences", norms.new_full((len(norms),), 1 / len(norms)))
         added = (preferences * norms) @ solution.value
         return preferences + added / norms.where(norms > 0, 1)

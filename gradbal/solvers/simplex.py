@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+FEW = 32
+
 
 def project_simplex(point: Tensor, *, capturable: bool = False) -> Tensor:
     r"""Find the nearest point of :math:`\{w \ge 0 : \sum_i w_i = 1\}`.
@@ -10,7 +12,7 @@ def project_simplex(point: Tensor, *, capturable: bool = False) -> Tensor:
     Args:
         point: Shape ``[m]``; an entry of ``-inf`` becomes 0, as long as not all are.
         capturable: Use tensor operations, nothing read back; else plain numbers, which are faster
-            for the few there are.
+            for a few tasks.
 
     Returns:
         :math:`\max(x - \theta, 0)` with the :math:`\theta` for which it sums to 1, shape ``[m]``.
@@ -22,7 +24,7 @@ def project_simplex(point: Tensor, *, capturable: bool = False) -> Tensor:
         >>> project_simplex(torch.tensor([0.9, 0.5, -1.0], dtype=torch.float64))
         tensor([0.7000, 0.3000, 0.0000], dtype=torch.float64)
     """
-    if not capturable:
+    if not capturable and len(point) <= FEW:
         return _in_numbers(point)
     point = point - point.amax()
     counts = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
