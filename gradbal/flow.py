@@ -22,6 +22,7 @@ from gradbal.decision import MODEL, Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
+from gradbal.gram import outside_autocast
 from gradbal.heads import largest_entry
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
@@ -51,6 +52,7 @@ class Flow:
         self.holds = False  # weights, for further evaluations of the losses in a step
 
     @torch.no_grad()
+    @outside_autocast()
     def balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options

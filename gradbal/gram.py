@@ -1,13 +1,31 @@
 """Inner products and combinations of rows, in a precision that can be trusted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 CHUNK = 2**20  # columns that are converted at a time
 TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Compute in the precision of the tensors, also where a call stands in an autocast block."""
+    with ExitStack() as stack:
+        for kind in _device_types():
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@cache
+def _device_types() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
