@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from gradbal import checks
-from gradbal.gram import HUGE, TINY, combine, combine_tiny, gram_matrix, total_gram, total_vector
+from gradbal.gram import (
+    HUGE,
+    TINY,
+    combine,
+    combine_tiny,
+    gram_matrix,
+    outside_autocast,
+    total_gram,
+    total_vector,
+)
 from gradbal.learner import advance
 from gradbal.registry import make_rule
 from gradbal.rule import (
@@ -47,6 +56,7 @@ class Aggregation(NamedTuple):
     state: dict[str, Any]
 
 
+@outside_autocast
 def aggregate(
     jacobian: Tensor,
     rule: str | Rule = "upgrad",

@@ -1,7 +1,7 @@
 """One call of ``backward``: what it was given, and the small things done around the rule."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,16 +87,6 @@ def explaining_donation() -> Iterator[None]:
             "ordinary backward pass came first when it was compiled; use the engine "
             "Representation, or an empty compiler cache and this optimizer from the first step on."
         ) from error
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Leave autocast, which is for the model: inner products must not be rounded."""
-    with ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 @contextmanager

@@ -38,8 +38,8 @@ class Core:
     """All mutable state of a rule, changed in place and never rebound on the optimizer.
 
     ``state_dict`` holds only numbers, strings and tensors, so it loads with
-    ``torch.load(weights_only=True)`` and can be checkpointed by itself with
-    ``torch.distributed.checkpoint``.
+    ``torch.load(weights_only=True)``; by itself it can be saved with
+    ``torch.distributed.checkpoint`` and loaded into a fresh optimizer.
 
     Attributes:
         rule: The rule, with its options.
@@ -296,7 +296,16 @@ class Core:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on as if nothing had happened."""
+        """Return everything needed to go on as if nothing had happened.
+
+        Every section is a tuple of one: ``torch.distributed.checkpoint`` takes a tuple as one
+        value, while of a dict it would fill only what a fresh object has already.
+        """
+        contents = self.contents()
+        return {k: (v,) if isinstance(v, dict) else v for k, v in contents.items()}
+
+    def contents(self) -> dict[str, Any]:
+        """Return what ``state_dict`` does, with the sections open; it loads just as well."""
         tasks = {"names": self.names, "numbered": self.numbered, "sets": self.sets}
         step = {"solved": self.solved, "skipped": self.skipped, "age": self.age}
         state = {"groups": self.state, "buffers": self.buffers}
@@ -333,12 +342,6 @@ class Core:
                 f"Checkpoint: written by version {state_dict['version']} of the state, this "
                 f"release reads up to {VERSION}; install a newer gradbal."
             )
-        if state_dict["step"]["solved"] and self.axes and not state_dict["state"]["groups"]:
-            raise ValueError(
-                "Checkpoint: it belongs to a rule with state after some steps, but that state is "
-                "missing; torch.distributed.checkpoint fills only what is there, so take one step "
-                "before loading, or use torch.save."
-            )
         theirs, ours = state_dict["rule"], self.rule.kind
         if theirs != ours:
             raise ValueError(
@@ -353,7 +356,8 @@ class Core:
             ValueError: If it does not fit, see :meth:`verify`.
         """
         self.verify(state_dict)
-        loaded = cloned(state_dict)
+        opened = {k: v[0] if isinstance(v, tuple) else v for k, v in state_dict.items()}
+        loaded = cloned(opened)
         tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
         state, pending = loaded["state"], loaded["pending"]
         self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]

@@ -1,7 +1,6 @@
 """The way of the data: from losses to ``.grad``, in one place."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from gradbal.calls import (
     Call,
     explaining_donation,
     fill,
-    full_precision,
     pass_once,
     replacing_grads,
 )
@@ -24,6 +22,7 @@ from gradbal.decision import MODEL, Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
+from gradbal.gram import outside_autocast
 from gradbal.heads import largest_entry
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
@@ -53,12 +52,12 @@ class Flow:
         self.holds = False  # weights, for further evaluations of the losses in a step
 
     @torch.no_grad()
+    @outside_autocast
     def balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options
-        with core.transaction(random=not options.capturable) as undo, ExitStack() as stack:
+        with core.transaction(random=not options.capturable) as undo:
             batch = self.read(losses)
-            stack.enter_context(full_precision(batch.values.device))
             scale = call.initial_gradient(batch.values.device)
             decision, bad = self._decide_on_losses(batch, call)
             if bad:

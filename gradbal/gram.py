@@ -1,12 +1,40 @@
 """Inner products and combinations of rows, in a precision that can be trusted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 CHUNK = 2**20  # columns that are converted at a time
 TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute in the precision of the tensors, also where a call stands in an autocast block."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        kinds = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return called
+
+
+@cache
+def _device_types() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:

@@ -110,15 +110,17 @@ def make_plan(
     else:
         region = nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {root.node for root in roots})
+    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, roots)
+    compiled = [e.node for e in cut if type(e.node).__name__ == "CompiledFunctionBackward"]
     plan = Plan(
         roots=list(roots),
         tasks=list(tasks),
         own=[[] for _ in roots],
         above=[[] for _ in roots],
-        cut=edges_into({node for node in entries if type(node) is not LEAF}, walk, roots),
+        cut=cut,
         marked=marked,
         one_node=any(several(walk.tasks[root.node]) for root in roots)
-        or any(type(node).__name__ == "CompiledFunctionBackward" for node in entries),
+        or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
         hidden=walk.hidden,
         apart=not any(several(t) for node, t in walk.tasks.items() if node not in region),
     )

@@ -19,6 +19,7 @@ from gradbal.losses import Losses
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
 from gradbal.rule import Rule
+from gradbal.several import SeveralOptimizers
 from gradbal.wrapper import WrappedOptimizer
 
 
@@ -31,7 +32,8 @@ class MTLOptimizer(WrappedOptimizer):
     between, use ``mtl_opt.backward(losses)`` and then ``mtl_opt.step()``.
 
     Args:
-        optimizer: The base optimizer.
+        optimizer: The base optimizer, or a list of optimizers that each step parameters of their
+            own, such as Muon for matrices and AdamW for the rest.
         rule: Name of a rule or a rule object; ``gradbal.rule_names()`` lists the names.
         tasks: Names of the tasks or their number, to fix the size of the state beforehand.
         engine: ``"auto"``, another name or one of ``gradbal.engines``.
@@ -64,7 +66,7 @@ class MTLOptimizer(WrappedOptimizer):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         rule: str | Rule = "upgrad",
         *,
         tasks: int | Sequence[str] | None = None,
@@ -80,6 +82,8 @@ class MTLOptimizer(WrappedOptimizer):
         process_group: Any = "auto",
         seed: int = 0,
     ) -> None:
+        if isinstance(optimizer, list | tuple):
+            optimizer = SeveralOptimizers(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{OWNER}: expected a torch optimizer, got {optimizer!r}.")
         rule, self.engine = make_rule(rule), make_engine(engine)

@@ -16,22 +16,14 @@ HOOKS = (
 )
 
 
-class WrappedOptimizer(torch.optim.Optimizer):
-    """Delegate everything to ``base`` and add the state of ``core`` to the checkpoint.
+class Facade(torch.optim.Optimizer):
+    """A torch optimizer that owns no parameters: it stands before others and passes things on.
 
-    ``param_groups``, ``state`` and ``defaults`` are the base's own objects, so schedulers,
-    scalers and checkpointing change the one optimizer there is. The constructor of
-    ``torch.optim.Optimizer`` is not called: it would build a second set of groups.
+    The constructor of ``torch.optim.Optimizer`` is not called: it would build a second set of
+    groups. Hooks, labels in the profiler, copies and pickles are as for any optimizer.
     """
 
     _step_supports_amp_scaling = False  # of the class: GradScaler must not take the base's
-
-    base: torch.optim.Optimizer
-    core: Any  # gradbal.core.Core; this module lies below it
-
-    def __init__(self, base: torch.optim.Optimizer) -> None:
-        self.base = base
-        self._init_runtime()
 
     def _init_runtime(self) -> None:
         """Make what is neither saved nor copied."""
@@ -39,6 +31,57 @@ class WrappedOptimizer(torch.optim.Optimizer):
             self.__dict__.setdefault(name, OrderedDict())
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
         self._patch_step_function()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on, tensors and primitives only."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._saved()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; one that does not fit changes nothing."""
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _saved(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out hooks, as torch does, and what a scheduler patched onto this very object."""
+        left_out = {*HOOKS, "step", "_opt_called"}
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
+
+
+class WrappedOptimizer(Facade):
+    """Delegate everything to ``base`` and add the state of ``core`` to the checkpoint.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own objects, so schedulers,
+    scalers and checkpointing change the one optimizer there is. A plain checkpoint of the base
+    loads, too.
+    """
+
+    base: torch.optim.Optimizer
+    core: Any  # gradbal.core.Core; this module lies below it
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self._init_runtime()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -78,39 +121,16 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """Clear the gradients of the base optimizer's parameters."""
         self.base.zero_grad(set_to_none=set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state with the rule's under the key ``gradbal``."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = {**self.base.state_dict(), "gradbal": self.core.state_dict()}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
+    def _saved(self) -> dict[str, Any]:
+        return {**self.base.state_dict(), "gradbal": self.core.state_dict()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or a plain one of the base optimizer."""
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else dict(changed)
+    def _load(self, state_dict: dict[str, Any]) -> None:
         ours = state_dict.pop("gradbal", None)
         if ours is not None:
             self.core.verify(ours)  # before the base changes
         self.base.load_state_dict(state_dict)
         if ours is not None:
             self.core.load_state_dict(ours)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out hooks, as torch does, and what a scheduler patched onto this very object."""
-        left_out = {*HOOKS, "step", "_opt_called"}
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._init_runtime()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"

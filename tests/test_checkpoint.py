@@ -2,13 +2,20 @@
 
 import copy
 import io
+import os
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from cases import ONE_BATCH, WEIGHTED, keeps_gradients
 from models import Toy, frozen_copy, wrapped
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import StepLR
 
 from gradbal import MTLOptimizer, engines, make_rule
@@ -117,6 +124,70 @@ def test_stop_inside_a_window(rule: str) -> None:
             run.optimizer.step()
             run.optimizer.zero_grad()
         assert stopped.snapshot() == straight.snapshot()
+
+
+def halfway(rule: str, **options: Any) -> Run:
+    """Return a run after a few steps, in the middle of an accumulation window."""
+    run = Run(rule, **options)
+    for batch in range(3):
+        run.step(batch)
+    run.optimizer.backward(run.model.losses(3, slice(0, 3)), accumulate=True)
+    return run
+
+
+def rest(run: Run) -> Any:
+    """Go on to the end and return all that there is."""
+    run.optimizer.step(run.model.losses(3, slice(3, 6)))
+    run.schedule.step()
+    for batch in range(4, 6):
+        run.step(batch)
+    return run.snapshot()
+
+
+def go_on(folder: str) -> None:
+    """Finish every run saved in a folder; called in a process of its own."""
+    for file in Path(folder).glob("*.saved"):
+        run = Run(file.stem, seed=99).load(file.read_bytes())
+        file.with_suffix(".done").write_bytes(pickle.dumps(rest(run)))
+
+
+def test_going_on_in_another_process(tmp_path: Path) -> None:
+    for rule in ONE_BATCH:
+        (tmp_path / f"{rule}.saved").write_bytes(halfway(rule).save())
+    program = f"import test_checkpoint; test_checkpoint.go_on({str(tmp_path)!r})"
+    here = Path(__file__).parent
+    paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    for rule in ONE_BATCH:
+        found = pickle.loads((tmp_path / f"{rule}.done").read_bytes())
+        assert found == rest(halfway(rule)), rule
+
+
+def distributed_parts(run: Run) -> dict[str, Any]:
+    """Return what a script gives to ``torch.distributed.checkpoint``."""
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    parts = {"model": model, "optimizer": optimizer}
+    return {**parts, "balancer": run.optimizer.core, "schedule": run.schedule}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [*((rule, "plain") for rule in ONE_BATCH), ("gradvac", "groups"), ("mgda", "reused")],
+)
+def test_distributed_checkpoint_into_a_fresh_optimizer(
+    rule: str, option: str, tmp_path: Path
+) -> None:
+    """The reader fills only the keys that are there, and a fresh object has not all of them."""
+    straight, stopped = halfway(rule, **OPTIONS[option]), halfway(rule, **OPTIONS[option])
+    dcp.save(distributed_parts(stopped), checkpoint_id=tmp_path, no_dist=True)
+    fresh = Run(rule, seed=99, **OPTIONS[option])
+    parts = distributed_parts(fresh)
+    dcp.load(parts, checkpoint_id=tmp_path, no_dist=True)
+    model, optimizer = parts["model"], parts["optimizer"]
+    set_state_dict(fresh.model, fresh.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    assert rest(fresh) == rest(straight)
 
 
 @ALL
@@ -294,4 +365,4 @@ def test_checkpoint_of_more_tasks_than_were_announced() -> None:
     optimizer.step(model.named())
     fresh = wrapped(Toy(), "uw")
     fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.core.state_dict()["tasks"]["names"] == ["a", "b", "c"]
+    assert fresh.core.contents()["tasks"]["names"] == ["a", "b", "c"]

@@ -57,7 +57,7 @@ def test_torchs_own_closure_goes_to_the_base_unchanged(rule: str, kind: str) -> 
         assert result is returned[-1]
         reference.step(plain.named(batch))
         assert_same(model.parameters(), plain.parameters(), 1e-12)
-    ours, theirs = (frozen_copy(o.core.state_dict()) for o in (optimizer, reference))
+    ours, theirs = (frozen_copy(o.core.contents()) for o in (optimizer, reference))
     assert ours["state"].keys() == theirs["state"].keys()
     assert ours["step"] == theirs["step"]
 
@@ -94,7 +94,7 @@ def test_weights_are_held_while_lbfgs_evaluates(rule: str) -> None:
         inside = seen[1:] if batch else seen
         assert len(inside) >= 5
         assert all(weights == inside[0] for weights in inside[:5])
-        solved.append(optimizer.core.state_dict()["step"]["solved"])
+        solved.append(optimizer.core.contents()["step"]["solved"])
     assert solved == [1, 2]
 
 
@@ -127,7 +127,7 @@ def test_learned_tensors_step_once_after_lbfgs(rule: str) -> None:
     optimizer.step(lambda: model.losses())
     reference = MTLOptimizer(torch.optim.Adam(plain.parameters()), rule, learned_lr=0.1)
     reference.step(plain.losses())
-    ours, theirs = (o.core.state_dict()["state"]["groups"]["model"] for o in (optimizer, reference))
+    ours, theirs = (o.core.contents()["state"]["groups"]["model"] for o in (optimizer, reference))
     assert set(ours) == set(theirs)
     assert_same([ours[k] for k in sorted(ours)], [theirs[k] for k in sorted(ours)], 1e-10)
 
@@ -138,7 +138,7 @@ def test_update_every_counts_steps_not_evaluations() -> None:
     solved = []
     for _ in range(7):
         optimizer.step(lambda: model.losses())
-        solved.append(optimizer.core.state_dict()["step"]["solved"])
+        solved.append(optimizer.core.contents()["step"]["solved"])
     assert solved == [1, 1, 1, 2, 2, 2, 3]
 
 
@@ -175,10 +175,10 @@ def test_skipping_inside_a_closure(rule: str) -> None:
     optimizer = MTLOptimizer(base, rule, on_nonfinite="skip")
     optimizer.step(model.named)
     before = frozen_copy([dict(model.state_dict()), base.state_dict()])
-    state = frozen_copy(optimizer.core.state_dict()["state"])
+    state = frozen_copy(optimizer.core.contents()["state"])
     optimizer.step(lambda: {k: v * float("nan") for k, v in model.named(1).items()})
     assert frozen_copy([dict(model.state_dict()), base.state_dict()]) == before
-    assert frozen_copy(optimizer.core.state_dict()["state"]) == state
+    assert frozen_copy(optimizer.core.contents()["state"]) == state
 
 
 # ---------------------------------------------------------------------- after the step
@@ -280,7 +280,7 @@ def test_a_failing_look_puts_random_numbers_and_buffers_back() -> None:
 
 
 def logits(optimizer: MTLOptimizer) -> Tensor:
-    return optimizer.core.state_dict()["state"]["groups"]["model"]["logits"]
+    return optimizer.core.contents()["state"]["groups"]["model"]["logits"]
 
 
 def by_hand(before: Tensor, after: Tensor, old: Tensor, gamma: float = 1e-3) -> Tensor:

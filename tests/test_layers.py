@@ -21,7 +21,7 @@ LAYERS = [
     {"core", "calls", "representation"},
     {"decision", "learning", "probe"},
     {"arguments", "task_gradients", "aggregation"},
-    {"descent"},
+    {"descent", "several"},
     {"gathering", "reports"},
     {"flow"},
     {"optimizer"},

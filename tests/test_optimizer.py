@@ -214,6 +214,21 @@ def test_explain_changes_nothing_and_says_what_is_shared() -> None:
     assert "Pass the losses" in optimizer.explain()
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])
+@pytest.mark.parametrize("rule", ["upgrad", "gradvac", "rlw", "uw"])
+def test_a_dry_run_before_training_leaves_training_as_it_is(rule: str, engine: str) -> None:
+    model, plain = Toy(), Toy()
+    optimizer, reference = wrapped(model, rule, engine=engine), wrapped(plain, rule, engine=engine)
+    optimizer.explain()
+    optimizer.explain(model.named())
+    optimizer.check(model.named())
+    for batch in range(3):
+        optimizer.step(model.named(batch))
+        reference.step(plain.named(batch))
+    assert_same(model.parameters(), plain.parameters(), 0)
+    assert frozen_copy(optimizer.state_dict()) == frozen_copy(reference.state_dict())
+
+
 def test_explain_names_partly_shared_parameters_and_nested_taps() -> None:
     stem, part = param(4, 4, seed=1), param(4, 4, seed=2)
     own = [param(4, seed=3 + k) for k in range(3)]
@@ -253,7 +268,7 @@ def test_epochs_reach_the_rules_that_average_over_them() -> None:
     totals = torch.ones(3)
     assert not torch.equal(optimizer.last.weights.float(), totals)
     assert float(optimizer.last.weights.sum()) == pytest.approx(3)
-    assert int(optimizer.core.state_dict()["step"]["epoch"]) == 3
+    assert int(optimizer.core.contents()["step"]["epoch"]) == 3
 
 
 def test_named_engines_and_classes_are_taken() -> None:

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 from cases import ONE_BATCH
-from models import Toy, assert_same, everything, frozen_copy, grads, param, square, wrapped
+from models import (
+    Toy,
+    assert_same,
+    everything,
+    expected_grads,
+    frozen_copy,
+    grads,
+    param,
+    square,
+    sum_or_none,
+    wrapped,
+)
 from torch import Tensor, nn
 
 from gradbal import MTLOptimizer, engines
@@ -38,8 +49,28 @@ def test_pieces_equal_the_large_batch(rule: str, engine: Any) -> None:
         assert_same(grads(parts), grads(whole), 1e-8)
         second.step()
         assert_same(parts.parameters(), whole.parameters(), 1e-8)
-    ours, theirs = (o.core.state_dict()["state"] for o in (first, second))
+    ours, theirs = (o.core.contents()["state"] for o in (first, second))
     assert_same(leaves(ours), leaves(theirs), 1e-8)
+
+
+@pytest.mark.parametrize("rule", ["ew", "mgda", "upgrad", "imtl_g"])
+def test_directions_of_pieces_add_up_to_something_else(rule: str) -> None:
+    """Without ``accumulate`` the rule sees every piece by itself, and ``.grad`` adds up."""
+    whole, parts = Toy(), Toy()
+    params = list(parts.parameters())
+    wanted = [expected_grads(losses, params, rule) for losses in pieces(parts)]
+    total = [sum_or_none(column) for column in zip(*wanted, strict=True)]
+    optimizer = wrapped(parts, rule)
+    for losses in pieces(parts):
+        optimizer.backward(losses)
+    assert_same(grads(parts), total, 1e-10)
+    wrapped(whole, rule).backward(whole.losses())
+    apart = max(
+        float((a - b).abs().max() / b.abs().max())
+        for a, b in zip(grads(parts), grads(whole), strict=True)
+        if a is not None and b is not None
+    )
+    assert (apart < 1e-10) == (rule == "ew")
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -67,7 +98,7 @@ def test_nothing_is_written_before_the_last_piece() -> None:
         optimizer.backward(losses, accumulate=True)
     assert grads(model) == [None] * 10
     assert_same(model.parameters(), before, 0)
-    assert optimizer.core.state_dict()["step"]["solved"] == 0
+    assert optimizer.core.contents()["step"]["solved"] == 0
     assert optimizer.last is None
 
 
@@ -80,7 +111,7 @@ def test_step_resolves_what_is_pending() -> None:
         optimizer.backward(losses, accumulate=True)
     optimizer.step(last)
     assert_same(parts.parameters(), whole.parameters(), 1e-10)
-    assert not optimizer.core.state_dict()["pending"]["rows"]
+    assert not optimizer.core.contents()["pending"]["rows"]
 
 
 def test_pending_gradients_survive_zero_grad_and_are_dropped_by_discard() -> None:
@@ -90,7 +121,7 @@ def test_pending_gradients_survive_zero_grad_and_are_dropped_by_discard() -> Non
     *some, last = pieces(parts)
     optimizer.backward(parts.losses(5), accumulate=True)
     optimizer.discard()
-    assert not optimizer.core.state_dict()["pending"]["rows"]
+    assert not optimizer.core.contents()["pending"]["rows"]
     for losses in some:
         optimizer.backward(losses, accumulate=True)
         optimizer.zero_grad()
@@ -131,7 +162,7 @@ def test_new_tasks_in_a_later_piece() -> None:
     optimizer = wrapped(model, "gradvac")
     optimizer.backward({"a": model.named()["a"]}, accumulate=True)
     optimizer.backward(model.named(1))
-    assert optimizer.core.state_dict()["tasks"]["names"] == ["a", "b", "c"]
+    assert optimizer.core.contents()["tasks"]["names"] == ["a", "b", "c"]
 
 
 def test_backward_adds_the_resolved_sum_to_what_is_there() -> None:
@@ -227,7 +258,7 @@ def test_a_piece_that_is_not_finite_spoils_the_window(rule: str) -> None:
     optimizer = wrapped(model, rule, on_nonfinite="skip")
     optimizer.step(model.losses(7))
     params = frozen_copy(dict(model.state_dict()))
-    solved = frozen_copy(optimizer.core.state_dict()["state"])
+    solved = frozen_copy(optimizer.core.contents()["state"])
     first, second, third = pieces(model)
     first[1] = first[1] * float("nan")
     optimizer.backward(first, accumulate=True)
@@ -236,7 +267,7 @@ def test_a_piece_that_is_not_finite_spoils_the_window(rule: str) -> None:
     assert grads(model) == [None] * 10
     optimizer.step()
     assert frozen_copy(dict(model.state_dict())) == params
-    assert frozen_copy(optimizer.core.state_dict()["state"]) == solved
+    assert frozen_copy(optimizer.core.contents()["state"]) == solved
     assert optimizer.core.skipped == 1
     good = Toy()
     good.load_state_dict(model.state_dict())

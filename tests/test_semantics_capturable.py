@@ -100,6 +100,19 @@ def test_absent_tasks_accumulation_and_auxiliary_losses() -> None:
         optimizer.step()
 
 
+@ALL
+@pytest.mark.parametrize("capturable", [True, False])
+def test_metrics_are_not_read_before_their_reader_does(rule: str, capturable: bool) -> None:
+    model = Toy()
+    optimizer = wrapped(model, rule, capturable=capturable)
+    optimizer.step(model.losses())
+    with NothingRead():
+        metrics = optimizer.metrics()
+    assert {type(value) for value in metrics.values()} == {torch.Tensor}
+    with pytest.raises(AssertionError, match="reads back"), NothingRead():
+        metrics["gradbal/loss/0"].item()
+
+
 def test_what_is_not_finite_is_passed_on() -> None:
     model = Toy()
     optimizer = wrapped(model, "upgrad", capturable=True)

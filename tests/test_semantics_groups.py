@@ -91,7 +91,7 @@ def test_each_group_has_state_of_its_own() -> None:
     optimizer = wrapped(model, "gradvac", groups={"low": model.trunk[0], "high": model.trunk[2]})
     for batch in range(3):
         optimizer.step(model.losses(batch))
-    groups = optimizer.core.state_dict()["state"]["groups"]
+    groups = optimizer.core.contents()["state"]["groups"]
     assert set(groups) == {"low", "high"}
     assert not torch.equal(groups["low"]["target"], groups["high"]["target"])
 
@@ -102,10 +102,10 @@ def test_state_of_a_group_that_an_absent_task_reaches_stays() -> None:
     names = ("a", "b", "c")
     for batch in range(2):
         optimizer.step(dict(zip(names, net.losses(batch), strict=True)))
-    before = frozen_copy(optimizer.core.state_dict()["state"]["groups"])
+    before = frozen_copy(optimizer.core.contents()["state"]["groups"])
     a, b, _ = net.losses(2)
     optimizer.step({"a": a, "b": b})
-    after = frozen_copy(optimizer.core.state_dict()["state"]["groups"])
+    after = frozen_copy(optimizer.core.contents()["state"]["groups"])
     groups = list(before)
     changed = [g for g in groups if before[g] != after[g]]
     # left joins a and b; stem joins all; in right only b is left, which meets nobody
@@ -120,12 +120,12 @@ def test_groups_that_no_present_task_reaches(rule: str, groups: str) -> None:
     chosen: Any = "tensor" if groups == "tensor" else {"stem": net.stem, "left": net.left}
     optimizer = wrapped(net.params, rule, groups=chosen, lr=0.0)
     optimizer.step(dict(zip("abc", net.losses(), strict=True)))
-    before = frozen_copy(optimizer.core.state_dict()["state"]["groups"])
+    before = frozen_copy(optimizer.core.contents()["state"]["groups"])
     optimizer.step({"c": net.losses()[2]})
     row = lone_rows(net.losses()[2:], net.params)[0]
     assert net.left.grad is None
     assert_same(grads(net.params), row)
-    after = frozen_copy(optimizer.core.state_dict()["state"]["groups"])
+    after = frozen_copy(optimizer.core.contents()["state"]["groups"])
     assert {name: after[name] for name in before} == before
 
 

@@ -58,7 +58,7 @@ def test_rows_of_an_absent_task_are_frozen(rule: str, way: str) -> None:
 
 
 def state(optimizer: Any) -> dict[str, Tensor]:
-    return optimizer.core.state_dict()["state"]["groups"]["model"]
+    return optimizer.core.contents()["state"]["groups"]["model"]
 
 
 def test_square_state_is_frozen_in_rows_and_columns() -> None:
@@ -140,7 +140,7 @@ def test_sharing_is_the_union_over_steps() -> None:
     ]
     assert float(norms[0]) == pytest.approx(float(plain[0]))
     assert all(float(norm) <= 1 + 1e-12 for norm in norms[1:])
-    assert set(optimizer.core.state_dict()["tasks"]["sets"].values()) == {0b01, 0b10, 0b11}
+    assert set(optimizer.core.contents()["tasks"]["sets"].values()) == {0b01, 0b10, 0b11}
 
 
 def test_new_names_grow_the_state() -> None:
@@ -150,7 +150,7 @@ def test_new_names_grow_the_state() -> None:
     old = state(optimizer)["log_variance"].clone()
     optimizer.step(named(model, "abd"))
     new = state(optimizer)["log_variance"]
-    assert optimizer.core.state_dict()["tasks"]["names"] == ["a", "c", "b", "d"]
+    assert optimizer.core.contents()["tasks"]["names"] == ["a", "c", "b", "d"]
     assert new.shape == (4,)
     assert torch.equal(new[1], old[1])  # task c was absent
     assert bool((new[[0, 2, 3]] != 0).all())
@@ -192,9 +192,9 @@ def test_a_list_takes_the_names_in_their_order() -> None:
 def test_numbered_tasks_get_their_names_from_the_first_mapping() -> None:
     model = Toy(3)
     optimizer = wrapped(model, "uw", tasks=3)
-    assert optimizer.core.state_dict()["tasks"]["names"] == ["0", "1", "2"]
+    assert optimizer.core.contents()["tasks"]["names"] == ["0", "1", "2"]
     optimizer.step(model.named())
-    assert optimizer.core.state_dict()["tasks"]["names"] == ["a", "b", "c"]
+    assert optimizer.core.contents()["tasks"]["names"] == ["a", "b", "c"]
 
 
 def test_tasks_fix_the_size_of_the_state_before_the_first_step() -> None:
@@ -313,7 +313,7 @@ def test_parameters_that_leave() -> None:
     optimizer.step(model.named())
     del base.param_groups[0]
     optimizer.step(model.named(1))
-    sets = optimizer.core.state_dict()["tasks"]["sets"]
+    sets = optimizer.core.contents()["tasks"]["sets"]
     assert [sets[n] for n in range(8)] == [2, 2, 7, 7, 7, 7, 4, 4]
     rows = lone_rows(model.losses(1), list(model.heads[2].parameters()))
     assert_same(grads(model.heads[2]), rows[2])

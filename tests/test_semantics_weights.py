@@ -150,7 +150,7 @@ def test_weights_are_solved_every_kth_step_and_reused_with_one_pass(rule: str, h
         passes.append(model.count())
         assert optimizer.last is not None
         weights.append(frozen_copy(optimizer.last.weights))
-        solved.append(optimizer.core.state_dict()["step"]["solved"])
+        solved.append(optimizer.core.contents()["step"]["solved"])
     assert passes == [3, 1, 1, 3, 1, 1, 3]
     assert solved == [1, 1, 1, 2, 2, 2, 3]
     assert weights[0] == weights[1] == weights[2] != weights[3] == weights[5] != weights[6]
@@ -176,13 +176,13 @@ def test_state_and_generator_advance_only_on_solves() -> None:
     for rule in ("rlw", "uw", "dwa", "pcgrad", "gradvac"):
         optimizer = wrapped(model, rule, update_every=3, lr=0.01)
         optimizer.step(model.losses())
-        before = frozen_copy([optimizer.core.state_dict()[k] for k in ("generator", "state")])
+        before = frozen_copy([optimizer.core.contents()[k] for k in ("generator", "state")])
         for batch in (1, 2):
             optimizer.step(model.losses(batch))
-            after = [optimizer.core.state_dict()[k] for k in ("generator", "state")]
+            after = [optimizer.core.contents()[k] for k in ("generator", "state")]
             assert frozen_copy(after) == before
         optimizer.step(model.losses(3))
-        after = [optimizer.core.state_dict()[k] for k in ("generator", "state")]
+        after = [optimizer.core.contents()[k] for k in ("generator", "state")]
         assert frozen_copy(after) != before
 
 
@@ -195,7 +195,7 @@ def test_a_task_that_the_last_solve_did_not_cover_triggers_one() -> None:
         optimizer.step({name: losses[name] for name in names})
         passes.append(model.count())
     assert passes == [2, 1, 1, 1, 3, 1, 1]
-    assert optimizer.core.state_dict()["step"]["solved"] == 2
+    assert optimizer.core.contents()["step"]["solved"] == 2
 
 
 def test_update_every_counts_windows_of_accumulated_pieces() -> None:
@@ -207,7 +207,7 @@ def test_update_every_counts_windows_of_accumulated_pieces() -> None:
         optimizer.backward([loss / 2 for loss in model.losses(2 * window + 1)])
         optimizer.step()
         optimizer.zero_grad()
-        solved.append(optimizer.core.state_dict()["step"]["solved"])
+        solved.append(optimizer.core.contents()["step"]["solved"])
     assert solved == [1, 1, 2, 2]
 
 
@@ -215,7 +215,7 @@ def test_update_every_counts_windows_of_accumulated_pieces() -> None:
 
 
 def learned(optimizer: MTLOptimizer, name: str) -> Tensor:
-    return optimizer.core.state_dict()["state"]["groups"]["model"][name]
+    return optimizer.core.contents()["state"]["groups"]["model"][name]
 
 
 def test_uncertainty_by_sgd_worked_out_by_hand() -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gradbal import engines
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within torch
+pytestmark = pytest.mark.filterwarnings(  # torch's own, within torch
+    "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,17 @@ def test_compiled_model_shares_everything_and_says_so(caplog: pytest.LogCaptureF
     assert "counts as shared" in lines[0]
 
 
+def test_compiled_trunk_right_under_the_heads_is_no_surprise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, _ = compiled(trunk_only=True)
+    optimizer = wrapped(model, "upgrad", lr=0.0)
+    z = model.trunk(data(6, 4))
+    with caplog.at_level(logging.INFO, logger="gradbal"):
+        optimizer.step([square(head(z) - k) for k, head in enumerate(model.heads)])
+    assert not [record for record in caplog.records if record.name == "gradbal"]
+
+
 def test_compiled_model_with_equal_weights() -> None:
     model, run = compiled(trunk_only=False)
     plain = Toy()
@@ -91,3 +104,37 @@ def test_donated_buffers_are_told_with_a_remedy_that_is_right() -> None:
         with pytest.raises(RuntimeError, match=re.escape("Representation")) as caught:
             call(losses(run))
         assert "donated_buffer" not in str(caught.value)
+
+
+def compiled_heads(model: Toy) -> Callable[[Tensor], list[Tensor]]:
+    heads = [torch.compile(head, backend="aot_eager") for head in model.heads]
+
+    def run(x: Tensor) -> list[Tensor]:
+        z = model.trunk(x).tanh()
+        return [square(head(z) - k) for k, head in enumerate(heads)]
+
+    return run
+
+
+def compiled_loss(model: Toy) -> Callable[[Tensor], list[Tensor]]:
+    loss = torch.compile(lambda y, k: (y - k).square().mean(), backend="aot_eager", dynamic=True)
+    return lambda x: [loss(y, torch.tensor(float(k))) for k, y in enumerate(model(x))]
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])
+@pytest.mark.parametrize("build", [compiled_heads, compiled_loss])
+def test_compiled_heads_or_losses_train_as_plain_ones(
+    build: Callable[[Toy], Callable[[Tensor], list[Tensor]]], engine: str
+) -> None:
+    """The trunk stays in the graph, so what is shared is found as ever."""
+    model, plain = Toy(), Toy()
+    run = build(model)
+    optimizer = wrapped(model, "upgrad", engine=engine)
+    reference = wrapped(plain, "upgrad", engine=engine)
+    for batch in range(3):
+        x = data(6, 4, seed=batch)
+        optimizer.step(run(x))
+        reference.step([square(y - k) for k, y in enumerate(plain(x))])
+        assert_same(model.parameters(), plain.parameters(), 1e-9)
+    assert max(optimizer.check(run(data(6, 4))).values()) <= 1e-10
+    assert "3 tasks share 55 parameters in 4 tensors" in optimizer.explain(run(data(6, 4)))

@@ -1,0 +1,37 @@
+"""Every snippet on every page runs; pages with heavy packages in ``integrations/test_pages.py``."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from pages import DOCS, NEEDS, pages, run, snippets
+
+# torch's own, from compiling and from checkpoints without processes
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore:torch.distributed is ",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+)
+LIGHT = [page for page in pages() if page not in NEEDS]
+
+
+@pytest.mark.parametrize("page", LIGHT)
+def test_what_a_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    run(page)
+
+
+def test_pages_with_other_packages_are_there() -> None:
+    assert set(NEEDS) <= set(pages())
+    assert len([page for page in pages() if snippets(page)]) > 12
+
+
+def test_code_in_other_fences_is_no_python() -> None:
+    """What is not run says so: it is of other libraries, on the page on coming from elsewhere."""
+    for page in pages():
+        text = (DOCS / page).read_text("utf-8")
+        if page != "migration.md":
+            assert "{code-block}" not in text
+        assert text.count("{code-block}") == len(re.findall(r"\(not run here; ", text))
