@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal import checkpoint
 from gradbal.learner import advance
 from gradbal.rule import Context, GradientRule, Rule, State
 from gradbal.state import (
+    for_tasks,
     grown,
     grown_rows,
     merged,
@@ -24,10 +26,8 @@ from gradbal.state import (
 from gradbal.tasks import announced_tasks, known_tasks
 from gradbal.trees import cloned, merged_sums, shallow
 
-VERSION = 1
 Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
 
-_KEYS = {"version", "rule", "tasks", "step", "generator", "state", "pending", "choice"}
 _MUTABLE = (
     *("names", "numbered", "sets", "solved", "skipped", "age", "epoch", "state", "held"),
     *("slopes", "decided", "awaiting", "rows", "losses", "aux", "choice", "buffers"),
@@ -162,11 +162,9 @@ class Core:
         """
         if not self.row_axes or not isinstance(self.rule, GradientRule):
             return []
-        some, count = self._seen(tasks), len(self.names)
-        for number, rows in grads.items():
-            if number not in self.buffers:
-                like = rows.new_empty((1, *rows.shape[1:])).expand(count, *rows.shape[1:])
-                self.buffers[number] = self.rule.buffers(like)
+        for number in grads.keys() - self.buffers.keys():
+            self.buffers[number] = self.rule.buffers(for_tasks(grads[number], len(self.names)))
+        some = self._seen(tasks)
         return [
             {name: some_rows(t, self.row_axes[name], some) for name, t in self.buffers[n].items()}
             for n in grads
@@ -296,13 +294,8 @@ class Core:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on as if nothing had happened.
-
-        Every section is a tuple of one: ``torch.distributed.checkpoint`` takes a tuple as one
-        value, while of a dict it would fill only what a fresh object has already.
-        """
-        contents = self.contents()
-        return {k: (v,) if isinstance(v, dict) else v for k, v in contents.items()}
+        """Return everything needed to go on as if nothing had happened."""
+        return checkpoint.sealed(self.contents())
 
     def contents(self) -> dict[str, Any]:
         """Return what ``state_dict`` does, with the sections open; it loads just as well."""
@@ -315,7 +308,7 @@ class Core:
         device = str(self.generator.device)
         generator = {"seed": self.seed, "device": device, "state": self.generator.get_state()}
         return {
-            "version": VERSION,
+            "version": checkpoint.VERSION,
             "rule": self.rule.kind,
             "tasks": cloned(tasks),
             "step": {**step, "epoch": self.epoch.clone()},
@@ -331,23 +324,7 @@ class Core:
         Raises:
             ValueError: If it was written by a newer version or for another rule.
         """
-        missing = _KEYS - set(state_dict) if isinstance(state_dict, Mapping) else _KEYS
-        if missing:
-            raise ValueError(
-                "Checkpoint: expected what `core.state_dict()` gave, but there is no "
-                f"{', '.join(sorted(missing))}; load a checkpoint of this optimizer."
-            )
-        if state_dict["version"] > VERSION:
-            raise ValueError(
-                f"Checkpoint: written by version {state_dict['version']} of the state, this "
-                f"release reads up to {VERSION}; install a newer gradbal."
-            )
-        theirs, ours = state_dict["rule"], self.rule.kind
-        if theirs != ours:
-            raise ValueError(
-                f"Checkpoint: holds the state of the rule {theirs}, this optimizer has {ours}; "
-                "build it with the same rule."
-            )
+        checkpoint.verify(state_dict, self.rule.kind)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -356,8 +333,7 @@ class Core:
             ValueError: If it does not fit, see :meth:`verify`.
         """
         self.verify(state_dict)
-        opened = {k: v[0] if isinstance(v, tuple) else v for k, v in state_dict.items()}
-        loaded = cloned(opened)
+        loaded = checkpoint.opened(state_dict)
         tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
         state, pending = loaded["state"], loaded["pending"]
         self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]

@@ -93,6 +93,11 @@ def row_axes(rule: Rule) -> Axes:
     return {name: (0,) if large[name].shape != t.shape else () for name, t in small.items()}
 
 
+def for_tasks(rows: Tensor, n_tasks: int) -> Tensor:
+    """Return rows of the same kind for another number of tasks; only their kind may be used."""
+    return rows.new_empty((1, *rows.shape[1:])).expand(n_tasks, *rows.shape[1:])
+
+
 def some_rows(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> Tensor:
     """Return the rows of some tasks; the tensor itself if these are all."""
     return tensor if tasks is None else part(tensor, axes, tasks)

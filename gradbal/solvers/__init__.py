@@ -13,8 +13,8 @@ from gradbal.solvers.reference import cvxpy_cagrad as cvxpy_cagrad
 from gradbal.solvers.reference import cvxpy_min_norm as cvxpy_min_norm
 from gradbal.solvers.reference import cvxpy_nash as cvxpy_nash
 from gradbal.solvers.reference import cvxpy_nonnegative_qp as cvxpy_nonnegative_qp
-from gradbal.solvers.reference import cvxpy_ray_descent as cvxpy_ray_descent
-from gradbal.solvers.reference import cvxpy_simplex_lp as cvxpy_simplex_lp
+from gradbal.solvers.reference_preferences import cvxpy_ray_descent as cvxpy_ray_descent
+from gradbal.solvers.reference_preferences import cvxpy_simplex_lp as cvxpy_simplex_lp
 from gradbal.solvers.simplex import project_simplex as project_simplex
 from gradbal.solvers.simplex_lp import simplex_lp as simplex_lp
 from gradbal.solvers.simplex_qp import simplex_qp as simplex_qp

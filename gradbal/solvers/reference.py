@@ -42,8 +42,8 @@ def cvxpy_nonnegative_qp(hessian: Tensor, linear: Tensor, *, capturable: bool = 
         >>> cvxpy_nonnegative_qp(torch.eye(2, dtype=torch.float64), linear).value.round(decimals=6)
         tensor([1., 0.], dtype=torch.float64)
     """
-    cvxpy = _cvxpy(capturable)
-    root = _root(hessian)
+    cvxpy = load_cvxpy(capturable)
+    root = root_of(hessian)
     rows = linear.reshape(-1, linear.shape[-1])
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-300)
     rows = rows / scale
@@ -51,7 +51,7 @@ def cvxpy_nonnegative_qp(hessian: Tensor, linear: Tensor, *, capturable: bool = 
     for k, row in enumerate(rows):
         z = cvxpy.Variable(len(row), nonneg=True)
         cost = 0.5 * cvxpy.sum_squares(root @ z) + row.cpu().numpy() @ z
-        points[k] = _minimise(cost, z, [], hessian).clamp(min=0)
+        points[k] = minimise(cost, z, [], hessian).clamp(min=0)
     residual = natural_residual(hessian, rows, points).amax()
     value = (points * scale).reshape(linear.shape)
     return Solution(value, residual, 0, residual <= _ACCEPTED)
@@ -78,11 +78,11 @@ def cvxpy_min_norm(gram: Tensor, *, capturable: bool = False) -> Solution:
         >>> cvxpy_min_norm(torch.eye(2, dtype=torch.float64)).value
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    cvxpy = _cvxpy(capturable)
-    cosines, near, _ = _scaled(gram)
+    cvxpy = load_cvxpy(capturable)
+    cosines, near, _ = scaled(gram)
     v = cvxpy.Variable(len(gram), nonneg=True)
-    cost = cvxpy.sum_squares(_root(cosines) @ v)
-    points = _minimise(cost, v, [near.cpu().numpy() @ v == 1], gram).clamp(min=0)
+    cost = cvxpy.sum_squares(root_of(cosines) @ v)
+    points = minimise(cost, v, [near.cpu().numpy() @ v == 1], gram).clamp(min=0)
     weights = points * near
     weights = weights / weights.sum()
     slopes = gram @ weights
@@ -114,18 +114,18 @@ def cvxpy_cagrad(gram: Tensor, c: float, *, capturable: bool = False) -> Solutio
         >>> cvxpy_cagrad(torch.eye(2, dtype=torch.float64), 0.5).value
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    cvxpy = _cvxpy(capturable)
+    cvxpy = load_cvxpy(capturable)
     dead = gram.diagonal() == 0
     even = dead.to(gram.dtype) / dead.sum().clamp(min=1)
     if dead.all():
         return Solution(even, even[0] * 0, 0, dead.all())
-    cosines, near, norms = _scaled(gram[~dead][:, ~dead])
+    cosines, near, norms = scaled(gram[~dead][:, ~dead])
     shares = norms / norms.amax()
     inner = cosines @ shares
     lean = inner / (shares @ inner).clamp(min=1e-300).sqrt()
     v = cvxpy.Variable(len(near), nonneg=True)
-    cost = lean.cpu().numpy() @ v + c * cvxpy.norm(_root(cosines) @ v, 2)
-    points = _minimise(cost, v, [near.cpu().numpy() @ v == 1], gram).clamp(min=0)
+    cost = lean.cpu().numpy() @ v + c * cvxpy.norm(root_of(cosines) @ v, 2)
+    points = minimise(cost, v, [near.cpu().numpy() @ v == 1], gram).clamp(min=0)
     length = (points @ cosines @ points).clamp(min=1e-300).sqrt()
     slopes = shares * (lean + c * (cosines @ points) / length)
     weights = points * near
@@ -164,7 +164,7 @@ def cvxpy_nash(
         >>> cvxpy_nash(torch.eye(2, dtype=torch.float64)).value
         tensor([1.0000, 1.0000], dtype=torch.float64)
     """
-    cvxpy = _cvxpy(capturable)
+    cvxpy = load_cvxpy(capturable)
     cosines, norms = equilibrate(gram)
     live = norms > 0
     if not live.any():
@@ -178,8 +178,8 @@ def cvxpy_nash(
     factors = unit.square().cpu().numpy()
     power = 1 - 1 / alpha
     barrier = cvxpy.log(u) if alpha == 1 else cvxpy.power(u, power) / power
-    cost = 0.5 * cvxpy.sum_squares((_root(cosines) * unit.cpu().numpy()) @ u) - factors @ barrier
-    shares = _minimise(cost, u, [], gram)
+    cost = 0.5 * cvxpy.sum_squares((root_of(cosines) * unit.cpu().numpy()) @ u) - factors @ barrier
+    shares = minimise(cost, u, [], gram)
     points = unit * shares
     residual = (shares ** (1 / alpha) * (cosines @ points) / unit - 1).abs().amax()
     weights = points / norms * largest ** ((1 - alpha) / (1 + alpha))
@@ -190,120 +190,7 @@ def cvxpy_nash(
     return Solution(value, residual, 0, solved)
 
 
-def cvxpy_simplex_lp(
-    objective: Tensor,
-    rows: Tensor,
-    bounds: Tensor,
-    *,
-    capturable: bool = False,
-    tol: float = _ACCEPTED,
-) -> Solution:
-    r"""Maximise :math:`c^\top w` over the simplex subject to :math:`A w \ge b`.
-
-    Args:
-        objective: :math:`c`, shape ``[m]``; where it is ``-inf``, :math:`w_i = 0`.
-        rows: :math:`A`, shape ``[k, m]``.
-        bounds: :math:`b`, shape ``[k]``; where it is ``-inf``, the row does not count.
-        capturable: Must be False: CVXPY runs on the host.
-        tol: Largest accepted residual.
-
-    Returns:
-        What :func:`gradbal.solvers.simplex_lp` returns; the residual is how far a row is violated,
-        relative to its terms.
-
-    Raises:
-        ValueError: If ``capturable``.
-
-    Source:
-        Goulart and Chen, arXiv 2405.12762 (Clarabel).
-
-    Example:
-        >>> objective, row = torch.tensor([[3.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
-        >>> cvxpy_simplex_lp(objective, row[None], objective.new_zeros(1)).value.round(decimals=6)
-        tensor([0.5000, 0.5000], dtype=torch.float64)
-    """
-    cvxpy = _cvxpy(capturable)
-    used, counted = objective > -torch.inf, bounds > -torch.inf
-    weights = torch.full_like(objective, 1 / len(objective))
-    if not used.any():
-        return Solution(weights, torch.ones_like(weights[0]), 0, used.any())
-    matrix, right = rows[counted][:, used], bounds[counted]
-    lengths = matrix.abs().amax(1).maximum(right.abs()).clamp(min=1e-300)
-    matrix, right = matrix / lengths[:, None], right / lengths
-    widths = torch.cat((matrix.abs(), matrix.new_full((1, matrix.shape[1]), 1e-300))).amax(0)
-    widths = widths.where(widths > 1e-300, 1)
-    matrix, costs = matrix / widths, objective[used] / widths
-    p = cvxpy.Variable(len(costs), nonneg=True)
-    cost = -(costs / costs.abs().amax().clamp(min=1e-300)).cpu().numpy() @ p
-    rules = [(1 / widths).cpu().numpy() @ p == 1, matrix.cpu().numpy() @ p >= right.cpu().numpy()]
-    points = _minimise(cost, p, rules, objective).clamp(min=0)
-    points = points / (points / widths).sum()
-    terms = matrix.abs() @ points + right.abs()
-    missing = (right - matrix @ points) / terms.clamp(min=1e-300)
-    residual = torch.cat((missing, missing.new_zeros(1))).amax()
-    value = torch.zeros_like(objective).masked_scatter(used, points / widths)
-    return Solution(value, residual, 0, residual <= max(tol, _ACCEPTED))
-
-
-def cvxpy_ray_descent(
-    gram: Tensor,
-    ray: Tensor,
-    excess: Tensor,
-    *,
-    eps: float = torch.finfo(torch.float64).eps,
-    cone: Tensor | None = None,
-    capturable: bool = False,
-) -> Solution:
-    r"""Minimise :math:`\tfrac12 \|J^\top w\|^2 - b^\top v`, where :math:`w = A^\top \lambda + v`.
-
-    Args:
-        gram: Inner products of the rows of J, shape ``[m, m]``.
-        ray: What :math:`v` is orthogonal to, shape ``[m]``, positive.
-        excess: :math:`b`, shape ``[m]``; of it is used what dependent rows allow.
-        eps: Relative rounding error of ``gram``.
-        cone: :math:`A`, shape ``[q, m]``; None for the identity.
-        capturable: Must be False: CVXPY runs on the host.
-
-    Returns:
-        What :func:`gradbal.solvers.ray_descent` returns.
-
-    Raises:
-        ValueError: If ``capturable``.
-
-    Source:
-        Chen et al., NeurIPS 2024.
-
-    Example:
-        >>> gram = torch.tensor([[2.0, -3.0], [-3.0, 10.0]], dtype=torch.float64)
-        >>> ray, losses = torch.tensor([[0.6, 0.8], [0.5, 2.0]], dtype=torch.float64)
-        >>> cvxpy_ray_descent(gram, ray, losses).value.round(decimals=4)
-        tensor([0.5670, 0.3247], dtype=torch.float64)
-    """
-    cvxpy = _cvxpy(capturable)
-    present = gram.diagonal() > 0
-    if not present.any():
-        return Solution(torch.zeros_like(ray), torch.zeros_like(ray[0]), 0, ~present.any())
-    cone = torch.eye(len(ray), dtype=ray.dtype) if cone is None else cone
-    cone = cone[:, present][cone[:, present].abs().sum(1) > 0]
-    cosines, near, norms = _scaled(gram[present][:, present])
-    ray, excess = ray[present], excess[present] / norms.amin() ** 2
-    values, vectors = torch.linalg.eigh(cosines)
-    within = vectors * (values > len(gram) * eps * values.amax())
-    span = torch.cat((within, (ray * near)[:, None]), dim=1)  # what progress there can be
-    target = span @ torch.linalg.lstsq(span, excess * near, driver="gelsd").solution
-    p, shares = cvxpy.Variable(len(ray)), cvxpy.Variable(len(cone), nonneg=True)
-    free = cvxpy.multiply(near.cpu().numpy(), p) - cone.cpu().numpy().T @ shares
-    cost = 0.5 * cvxpy.sum_squares(_root(cosines) @ p) - (target / near).cpu().numpy() @ free
-    rules = [cvxpy.sum(shares) == 1, ray.cpu().numpy() @ free == 0]
-    points = _minimise(cost, p, rules, gram)
-    error, along = cosines @ points - target, ray * near
-    error = error - (along @ error) / (along @ along) * along
-    residual = error.abs().amax() / (cosines @ points).abs().amax().clamp(min=1e-300)
-    value = torch.zeros_like(gram[0]).masked_scatter(present, points * near)
-    return Solution(value, residual, 0, residual <= _ACCEPTED)
-
-
-def _cvxpy(capturable: bool = False) -> Any:  # its own types cover it in part only
+def load_cvxpy(capturable: bool = False) -> Any:  # its own types cover it in part only
     """Import CVXPY, unless the caller must not leave the device."""
     if capturable:
         raise ValueError(
@@ -315,13 +202,13 @@ def _cvxpy(capturable: bool = False) -> Any:  # its own types cover it in part o
     return cvxpy
 
 
-def _scaled(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scaled(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return cosines, smallest norm over each norm (1 where both are 0), and norms."""
     cosines, norms = equilibrate(gram)
     return cosines, (norms.amin() / norms).nan_to_num(nan=1.0), norms
 
 
-def _root(matrix: Tensor) -> Any:  # a NumPy array, which is imported only here
+def root_of(matrix: Tensor) -> Any:  # a NumPy array, which is imported only here
     """Return ``R`` with ``R.T @ R`` equal to the matrix, whatever its rank."""
     import numpy
 
@@ -329,9 +216,9 @@ def _root(matrix: Tensor) -> Any:  # a NumPy array, which is imported only here
     return numpy.sqrt(values.clip(0))[:, None] * vectors.T
 
 
-def _minimise(cost: Any, variable: Any, constraints: list[Any], like: Tensor) -> Tensor:  # CVXPY's
+def minimise(cost: Any, variable: Any, constraints: list[Any], like: Tensor) -> Tensor:  # CVXPY's
     """Solve and return the variable as a tensor like ``like``; ones where the solver gave up."""
-    cvxpy = _cvxpy()
+    cvxpy = load_cvxpy()
     problem = cvxpy.Problem(cvxpy.Minimize(cost), constraints)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the tolerances, beyond reach, were not reached
