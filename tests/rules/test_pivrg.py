@@ -51,6 +51,6 @@ def test_new_scores_after_an_epoch() -> None:
     mtl_opt.end_epoch(scores=[10.0, -5.0, 0.0])
     expected = rows([[0.529948, 0.264974, 0.181439]])[0]
     torch.testing.assert_close(weights(), expected, rtol=0, atol=1e-6)
-    saved = mtl_opt.core.state_dict()
+    saved = mtl_opt.core.contents()
     assert saved["state"]["groups"][MODEL]["scores"].tolist() == [10, -5, 0]
     torch.testing.assert_close(weights(), expected, rtol=0, atol=1e-6)
