@@ -46,6 +46,7 @@ class DualProj(GramRule):
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
         m = gram.shape[0]
         preferences = ctx.state.get("preferences", gram.new_full((m,), 1 / m))
+        ctx.stats["residual"] = 0.0
         if self.solver == "exact" and not ctx.capturable:
             slopes = (gram @ preferences).tolist()
             if min(slopes) >= 0:  # the sum harms nobody

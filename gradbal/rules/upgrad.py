@@ -49,6 +49,7 @@ class UPGrad(GramRule):
     def weights(self, gram: Tensor, ctx: Context) -> Tensor:
         m = gram.shape[0]
         preferences = ctx.state.get("preferences", gram.new_full((m,), 1 / m))
+        ctx.stats["residual"] = 0.0
         if self.solver == "exact" and not ctx.capturable:
             least = gram.amin().item()
             if least >= 0:  # nothing conflicts
