@@ -1,19 +1,18 @@
 """Weights that are a fair bargain between the tasks."""
 
 import contextlib
-from math import asinh, exp, isnan, log
-from operator import mul
+from math import isnan
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradbal import checks
-from gradbal.solvers.active_set import eliminate
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.min_norm import TOUCHES, min_norm
 from gradbal.solvers.solution import Solution
 
-_FEW = 3  # up to this size plain numbers are faster than tensors
+_FEW = 32  # tasks up to which NumPy is faster than tensors
 _LOST = 1e-4  # a residual above this is no solution
 _NEAR = 1e-4  # a relative step from which on Newton's method converges quadratically
 _STILL = 1e-12  # and one that is but rounding
@@ -72,10 +71,10 @@ def nash_point(
     checks.square(gram=gram)
     checks.positive("nash_point", alpha=alpha)
     if len(gram) <= _FEW and not capturable:
-        asked = [1.0] * len(gram) if demand is None else demand.tolist()
-        with contextlib.suppress(ArithmeticError):  # powers may overflow, which tensors let pass
-            if found := _numbers(gram.tolist(), asked, alpha, tol, max_iter):
-                weights, residual = gram.new_tensor(found[0]), gram.new_tensor(found[1])
+        asked = 1.0 if demand is None else demand.numpy()
+        with np.errstate(all="ignore"), contextlib.suppress(np.linalg.LinAlgError):
+            if found := _on_host(gram.numpy(), asked, alpha, tol, max_iter):
+                weights, residual = torch.from_numpy(found[0]), gram.new_tensor(found[1])
                 return Solution(weights, residual, found[2], residual <= tol)
     cosines, norms = equilibrate(gram)
     live = norms.sign()
@@ -139,37 +138,37 @@ def _arrived(matrix: Tensor, points: Tensor, supply: Tensor, moves: Tensor, goal
     return reach <= _STILL or reach * reach * cancels <= goal
 
 
-def _numbers(
-    gram: list[list[float]], demand: list[float], alpha: float, tol: float, max_iter: int
-) -> tuple[list[float], float, int] | None:
-    """Do the same for a few tasks in plain numbers; None where these steps are not enough."""
-    tasks = list(range(len(gram)))
-    norms = [max(gram[i][i], 0.0) ** 0.5 for i in tasks]
-    largest, power = max(norms), (1 - alpha) / (1 + alpha)
-    if min(norms) == 0:
+def _on_host(
+    gram: np.ndarray, demand: float | np.ndarray, alpha: float, tol: float, max_iter: int
+) -> tuple[np.ndarray, float, int] | None:
+    """Do the same in NumPy, faster for some tasks; None where these steps are not enough."""
+    norms = np.sqrt(np.maximum(gram.diagonal(), 0))
+    if not norms.all():
         return None
-    unit = [(norms[i] / largest) ** power * demand[i] ** (1 / (1 + alpha)) for i in tasks]
-    matrix = [[gram[i][j] / norms[i] / norms[j] for j in tasks] for i in tasks]
-    slack = [max(sum(map(mul, matrix[i], unit)) / unit[i], _SLACK) for i in tasks]
-    logs = [log(slack[i]) * -alpha / (1 + alpha) for i in tasks]
-    others = [level / -alpha for level in logs]
-    for n_iter in range(max_iter + 1):
-        points = [unit[i] * exp(logs[i]) for i in tasks]
-        supply = [unit[i] * exp(others[i]) for i in tasks]
-        slope = [sum(map(mul, matrix[i], points)) - supply[i] for i in tasks]
-        error = [others[i] + logs[i] / alpha for i in tasks]
-        residual = max(abs(slope[i]) / supply[i] + abs(error[i]) for i in tasks)
-        if residual <= 0.01 * tol or n_iter == max_iter:
+    largest, power = norms.max(), (1 - alpha) / (1 + alpha)
+    unit = (norms / largest) ** power * demand ** (1 / (1 + alpha))
+    matrix = gram / norms / norms[:, None]
+    logs = np.log(np.maximum(matrix @ unit / unit, _SLACK)) * (-alpha / (1 + alpha))
+    others, diagonal = logs / -alpha, slice(None, None, len(norms) + 1)
+    points, supply = unit * np.exp(logs), unit * np.exp(others)
+    for n_iter in range(1, max_iter + 1):
+        error = others + logs / alpha
+        curved = matrix.copy()
+        curved.ravel()[diagonal] += supply / (alpha * points)
+        step = np.linalg.solve(curved, matrix @ points - supply + supply * error) / points
+        other = step / alpha - error
+        logs, others = logs - np.arcsinh(step), others + np.arcsinh(other)
+        points, supply = unit * np.exp(logs), unit * np.exp(others)
+        reach = max(np.abs(step).max(), np.abs(other).max())
+        if n_iter == max_iter or not reach > _STILL:
             break
-        curved = [row.copy() for row in matrix]
-        for i in tasks:
-            curved[i][i] += supply[i] / points[i] / alpha
-        step = eliminate(curved, [slope[i] + supply[i] * error[i] for i in tasks], tasks)
-        for i in tasks:
-            move = step[i] / points[i]
-            logs[i] += asinh(move)
-            others[i] += asinh(-error[i] - move / alpha)
-    length = sum(map(mul, points, supply))
-    if residual > tol or length <= (TOUCHES * sum(points)) ** 2:
+        if reach <= _NEAR:
+            cancels = (np.abs(matrix) @ points / supply).max()
+            if reach * reach * cancels <= 0.1 * tol:
+                break
+    length = np.sqrt(points @ supply)
+    gap = np.abs(matrix @ points - supply) / np.maximum(supply, _ROUNDED * length)
+    residual = float(gap.max())
+    if not residual <= tol or length < TOUCHES * points.sum():
         return None
-    return [points[i] / norms[i] * largest**power for i in tasks], residual, n_iter
+    return points / norms * largest**power, residual, n_iter
