@@ -148,6 +148,11 @@ class Descent:
         m, n_batches = len(batch.tasks), 1 + len(further)
         sink: Keep | GramOnly
         if at_cut or isinstance(self.engine, Representation):
+            if further:
+                raise ValueError(
+                    "Representation: gradients at the inputs of different batches share no space, "
+                    "so they cannot be compared; choose another engine, such as Sequential."
+                )
             sink = gram_only(plan, len(self.params), pool=self.pool and not at_cut)
             edges, seeds = boundary(plan), batch.seeds(scale)
             keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk

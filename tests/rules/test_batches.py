@@ -162,6 +162,30 @@ def test_other_tasks_in_another_batch() -> None:
         mtl_opt.backward(net.losses(0), net.losses(1), accumulate=True)
 
 
+def test_batches_at_a_representation() -> None:
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    mtl_opt = MTLOptimizer(base, "modo", engine="representation")
+    mtl_opt.step(net.losses(0))
+    sentence = (
+        "Representation: gradients at the inputs of different batches share no space, so they "
+        "cannot be compared; choose another engine, such as Sequential."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        mtl_opt.step(net.losses(0), net.losses(1))
+
+
+def test_batches_in_groups() -> None:
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    mtl_opt = MTLOptimizer(base, "modo", groups="tensor", scale="native", engine="factored")
+    sizes = [param.numel() for param in net.trunk.parameters()]
+    parts = [net.rows(seed).split(sizes, dim=1) for seed in (0, 1)]
+    mtl_opt.backward(net.losses(0), net.losses(1))
+    for param, one, two in zip(net.trunk.parameters(), *parts, strict=True):
+        close(param.grad.flatten(), aggregate(one, "modo", more=[two]).direction, 1e-9)
+
+
 def test_one_batch_is_said_to_be_biased(caplog: pytest.LogCaptureFixture) -> None:
     net = Net()
     mtl_opt = MTLOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "modo")

@@ -201,6 +201,14 @@ def test_stopping_and_going_on_is_going_on(name: str, engine: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched", "factored"])
+def test_task_gradients_of_all_parameters_are_right(engine: str) -> None:
+    net = Net().eval()
+    mtl_opt = MTLOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "moml", engine=engine)
+    assert max(mtl_opt.check(net.losses(0)).values()) < 1e-5
+    assert "2 tasks share" in mtl_opt.explain(net.losses(0))
+
+
 def test_names_put_the_losses_of_a_closure_in_order() -> None:
     results = []
     for turned in (False, True):
