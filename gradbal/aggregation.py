@@ -1,6 +1,5 @@
 """A rule on a given Jacobian, without model or optimizer."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -8,16 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradbal import checks
 from gradbal.gram import (
-    HUGE,
-    TINY,
     combine,
     combine_tiny,
-    gram_matrix,
     outside_autocast,
     total_gram,
     total_vector,
+)
+from gradbal.jacobians import (
+    WIDE,
+    check_arguments,
+    check_finite,
+    check_rows,
+    check_width,
+    host_gram,
 )
 from gradbal.learner import advance
 from gradbal.registry import make_rule
@@ -90,14 +93,14 @@ def aggregate(
         tensor([-0.7000,  0.6500,  1.2500])
     """
     rule = make_rule(rule)
-    jacobian, values = _check(jacobian, rule, losses, more)
+    jacobian, values = check_arguments(jacobian, rule, losses, more)
     gram, tiny = None, False
     if isinstance(rule, GradientRule):
-        _check_rows(jacobian)
+        check_rows(jacobian)
         values = values.cpu()
     elif not isinstance(rule, LossRule):
         found = [jacobian, *(rows.detach() for rows in more if isinstance(rows, Tensor))]
-        (gram, tiny), values = _host_gram(found), values.cpu()
+        (gram, tiny), values = host_gram(found), values.cpu()
     ctx = _context(rule, jacobian, values, state, generator)
     if isinstance(rule, GradientRule):
         ctx.more = [[rows.detach()] if isinstance(rows, Tensor) else partial(rows) for rows in more]
@@ -132,23 +135,6 @@ def _ask(rule: Rule, signal: Tensor, ctx: Context) -> Tensor | Weights:
     return rule.weights(signal, ctx)
 
 
-def _host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """Return the inner products of all rows, on the host, and whether some row is tiny.
-
-    Raises:
-        ValueError: If an entry is not finite.
-    """
-    rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
-    gram = gram_matrix(rows).cpu()
-    squares = gram.diagonal().tolist()
-    if all(TINY < square < HUGE for square in squares):
-        return gram, False
-    gram = gram_matrix(rows, scaled=True).cpu()
-    squares = gram.diagonal().tolist()
-    _check_finite(squares)
-    return gram, any(0 < square < TINY for square in squares)
-
-
 def _context(
     rule: Rule,
     jacobian: Tensor,
@@ -158,34 +144,19 @@ def _context(
 ) -> Context:
     """Show the rule what it remembers, and the losses if it has waited for them."""
     values = losses.tolist()
-    _check_finite(values)
-    step, seed, buffers = 0, 0, State()
-    if state is None:
-        tensors = state_like(rule, rule.learner or "adam", losses)
-    elif state.get("rule") != rule.kind:
-        raise ValueError(
-            f"aggregate: `state` belongs to the rule {state.get('rule')}, this one is {rule.kind}; "
-            "pass None to start anew."
-        )
-    elif state["tasks"] != len(values):
-        raise ValueError(
-            f"aggregate: `state` belongs to {state['tasks']} tasks, the Jacobian has {len(values)} "
-            "rows; pass None to start anew."
-        )
-    else:
-        step, buffers = state["step"], dict(state["buffers"])
-        tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
-    if generator is not None:
-        seed = int(torch.randint(2**62, (), generator=generator))
+    check_finite(values)
+    step, tensors, buffers = _recalled(rule, losses, state)
+    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
     if isinstance(rule, GradientRule):
         buffers = buffers or rule.buffers(jacobian)
-        _check_width(buffers, jacobian)
+        check_width(buffers, jacobian)
     ctx = Context(
         losses=losses,
         state=tensors,
         source=generator,
         step=step,
         seed=seed,
+        epoch=_START.to(losses.device),
         values=values,
         names=_names(len(values)),
         eps=_EPS[jacobian.dtype],
@@ -203,18 +174,29 @@ def _context(
     return ctx
 
 
+def _recalled(
+    rule: Rule, losses: Tensor, state: Mapping[str, Any] | None
+) -> tuple[int, State, State]:
+    """Return how many steps there were, the rule's tensors, and those for the parameters."""
+    if state is None:
+        return 0, state_like(rule, rule.learner or "adam", losses), {}
+    if state.get("rule") != rule.kind:
+        raise ValueError(
+            f"aggregate: `state` belongs to the rule {state.get('rule')}, this one is {rule.kind}; "
+            "pass None to start anew."
+        )
+    if state["tasks"] != losses.shape[0]:
+        raise ValueError(
+            f"aggregate: `state` belongs to {state['tasks']} tasks, the Jacobian has "
+            f"{losses.shape[0]} rows; pass None to start anew."
+        )
+    tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+    return state["step"], tensors, dict(state["buffers"])
+
+
 @cache
 def _names(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
-
-
-def _check_width(buffers: State, jacobian: Tensor) -> None:
-    for tensor in buffers.values():
-        if tensor.shape[-1] != jacobian.shape[1]:
-            raise ValueError(
-                f"aggregate: `state` belongs to {tensor.shape[-1]} parameters, the Jacobian has "
-                f"{jacobian.shape[1]} columns; pass None to start anew."
-            )
 
 
 def _learn(rule: Rule, ctx: Context) -> None:
@@ -250,60 +232,6 @@ def _probe(
 
 
 _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
+_START = torch.zeros((), dtype=torch.int64)  # no epoch ends here
 _PLAIN = (torch.float32, torch.float64)
-_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _KINDS}
-_EPS = {dtype: torch.finfo(kind).eps for dtype, kind in _WIDE.items()}
-
-
-def _check_rows(jacobian: Tensor) -> None:
-    total = jacobian.sum(dtype=_WIDE[jacobian.dtype])  # one that is not finite shows in it
-    if not math.isfinite(total.item()):
-        _check_finite(jacobian.abs().amax(dim=1).tolist())
-
-
-def _check_finite(numbers: Sequence[float]) -> None:
-    for i, number in enumerate(numbers):
-        if not math.isfinite(number):
-            raise ValueError(
-                f"aggregate: row or loss {i} is not finite; every entry must be a number."
-            )
-
-
-def _check(
-    jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[object]
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments; return Jacobian and losses, shape ``[m]``, float64, without graph."""
-    if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
-        kind = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
-        raise TypeError(f"aggregate: `jacobian` must be a floating-point tensor, got {kind}.")
-    if jacobian.ndim != 2 or not jacobian.numel():
-        raise ValueError(
-            "aggregate: `jacobian` must have shape [m, n], one row per task, "
-            f"got {list(jacobian.shape)}."
-        )
-    checks.batches("aggregate", rule, rule.batches, len(more) + 1, "`more` holds the further ones")
-    for rows in more:
-        if isinstance(rows, Tensor) and rows.shape != jacobian.shape:
-            raise ValueError(
-                f"aggregate: every Jacobian in `more` must have shape {list(jacobian.shape)}, "
-                f"got {list(rows.shape)}."
-            )
-    if losses is None:
-        if rule.needs_losses:
-            raise ValueError(
-                f"aggregate: {type(rule).__name__} looks at the losses; pass `losses=`, one per "
-                "row."
-            )
-        return jacobian.detach(), jacobian.new_ones(jacobian.shape[0], dtype=torch.float64)
-    try:
-        values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"aggregate: `losses` must be numbers, one per row, got {losses!r}."
-        ) from error
-    if values.shape != (len(jacobian),):
-        raise ValueError(
-            f"aggregate: `losses` must have shape [{len(jacobian)}], got {list(values.shape)}."
-        )
-    return jacobian.detach(), values.detach()
+_EPS = {dtype: torch.finfo(kind).eps for dtype, kind in WIDE.items()}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradbal import checks
-from gradbal.decision import Policy
 from gradbal.engines import Engine, Representation
+from gradbal.policy import Policy
 from gradbal.rule import GradientRule, LossRule, Rule
 from gradbal.wrapper import WrappedOptimizer
 

@@ -1,7 +1,7 @@
 """Everything that a rule remembers: tasks, state, randomness and what is pending."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal import checkpoint
 from gradbal.learner import advance
+from gradbal.pending import Pending
 from gradbal.rule import Context, GradientRule, Rule, State
 from gradbal.state import (
     for_tasks,
@@ -24,13 +25,11 @@ from gradbal.state import (
     task_axes,
 )
 from gradbal.tasks import announced_tasks, known_tasks
-from gradbal.trees import cloned, merged_sums, shallow
-
-Rows = dict[int, dict[int, Tensor]]  # by parameter, then by task
+from gradbal.trees import cloned, undoable
 
 _MUTABLE = (
     *("names", "numbered", "sets", "solved", "skipped", "age", "epoch", "state", "held"),
-    *("slopes", "decided", "awaiting", "rows", "losses", "aux", "choice", "buffers"),
+    *("slopes", "decided", "awaiting", "pending", "choice", "buffers"),
 )
 
 
@@ -59,9 +58,7 @@ class Core:
         slopes: Gradients of learned tensors that the next step will apply.
         decided: Tasks of the last solve, until the step that uses it.
         awaiting: Tasks whose losses after the step the rule waits for.
-        rows: Pending task gradients, by parameter and task.
-        losses: Pending losses, by task.
-        aux: Pending gradients of auxiliary losses, by parameter.
+        pending: What waits for the rest of a batch.
         choice: What an engine has settled on.
     """
 
@@ -84,9 +81,7 @@ class Core:
         self.slopes: dict[str, State] = {}
         self.decided: set[int] = set()
         self.awaiting: set[int] = set()
-        self.rows: Rows = {}
-        self.losses: dict[int, Tensor] = {}
-        self.aux: dict[int, Tensor] = {}
+        self.pending = Pending()
         self.choice: dict[str, Any] = {}
         if tasks is not None:
             self.numbered = isinstance(tasks, int)
@@ -239,34 +234,17 @@ class Core:
             return None
         return None if list(tasks) == list(range(len(self.names))) else tasks
 
-    def put_aside(
-        self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
-    ) -> None:
-        """Add the gradients and losses of a piece to those that wait for the rest of the batch."""
-        whole = self.with_pending(rows, losses, aux)
-        self.rows, self.losses, self.aux = whole
-
-    def with_pending(
-        self, rows: Rows, losses: Mapping[int, Tensor], aux: Mapping[int, Tensor]
-    ) -> tuple[Rows, dict[int, Tensor], dict[int, Tensor]]:
-        """Return these gradients, losses and auxiliary gradients with the pending ones added."""
-        columns = {
-            n: merged_sums(self.rows.get(n, {}), rows.get(n, {})) for n in {**self.rows, **rows}
-        }
-        return columns, merged_sums(self.losses, losses), merged_sums(self.aux, aux)
-
     def discard(self) -> None:
         """Forget what is pending."""
-        self.rows, self.losses, self.aux = {}, {}, {}
+        self.pending = Pending()
 
     def renumber(self, moved: Mapping[int, int]) -> None:
         """Follow parameters that have another number now, and forget those that have none."""
-        for name in ("sets", "rows", "aux", "buffers"):
-            old = getattr(self, name)
-            setattr(self, name, {moved[n]: kept for n, kept in old.items() if n in moved})
+        self.sets = {moved[n]: kept for n, kept in self.sets.items() if n in moved}
+        self.buffers = {moved[n]: kept for n, kept in self.buffers.items() if n in moved}
+        self.pending = self.pending.renumbered(moved)
 
-    @contextmanager
-    def transaction(self, *, random: bool = True) -> Iterator[Callable[[], None]]:
+    def transaction(self, *, random: bool = True) -> AbstractContextManager[Callable[[], None]]:
         """Undo every change if the body fails.
 
         Tensors are replaced and never written into, so only references are kept.
@@ -274,24 +252,10 @@ class Core:
         Args:
             random: Put the generator back, too, which reads it from the device.
 
-        Yields:
-            A function that undoes every change made so far.
+        Returns:
+            A context that gives a function that undoes every change made so far.
         """
-        before = {name: shallow(getattr(self, name)) for name in _MUTABLE}
-        generator = self.generator
-        drawn = generator.get_state() if random else None
-
-        def undo() -> None:
-            self.__dict__.update({name: shallow(value) for name, value in before.items()})
-            self.generator = generator
-            if drawn is not None:
-                generator.set_state(drawn)
-
-        try:
-            yield undo
-        except BaseException:
-            undo()
-            raise
+        return undoable(self, (*_MUTABLE, "generator"), self.generator if random else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if nothing had happened."""
@@ -303,7 +267,8 @@ class Core:
         step = {"solved": self.solved, "skipped": self.skipped, "age": self.age}
         state = {"groups": self.state, "buffers": self.buffers}
         state |= {"held": self.held, "slopes": self.slopes}
-        pending = {"rows": self.rows, "losses": self.losses, "aux": self.aux}
+        parts = self.pending
+        pending = {"rows": parts.rows, "losses": parts.losses, "aux": parts.aux}
         waiting = {"decided": sorted(self.decided), "awaiting": sorted(self.awaiting)}
         device = str(self.generator.device)
         generator = {"seed": self.seed, "device": device, "state": self.generator.get_state()}
@@ -343,6 +308,6 @@ class Core:
         self.generator.set_state(generator["state"].cpu())
         self.state, self.buffers = state["groups"], state["buffers"]
         self.held, self.slopes = state["held"], state["slopes"]
-        self.rows, self.losses, self.aux = pending["rows"], pending["losses"], pending["aux"]
+        self.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
         self.decided, self.awaiting = set(pending["decided"]), set(pending["awaiting"])
         self.choice = loaded["choice"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal.core import Core
 from gradbal.gram import total_gram, total_vector
+from gradbal.policy import Part, Policy
 from gradbal.record import StepRecord
 from gradbal.rule import (
     Closure,
@@ -17,7 +18,6 @@ from gradbal.rule import (
     GradientRule,
     LossRule,
     Probed,
-    Rule,
     WeightRule,
     Weights,
     no_probe,
@@ -56,6 +56,24 @@ class Decision:
         """Whether one ordinary pass over the weighted losses gives all gradients."""
         return self.heads is not None and self.heads is self.shared.get(MODEL)
 
+    def weigh(
+        self, group: str | None, part: Part, shared: Tensor | None, heads: Tensor | None
+    ) -> None:
+        """Take the weights of some of the tasks on a group and on their heads."""
+        if shared is not None and group is not None:
+            self.shared[group] = part.spread(shared, 0.0)
+            if heads is shared and part.whole:
+                self.heads = self.shared[group]
+                return
+        if heads is not None:
+            self.heads = part.spread(heads, 1.0)
+
+    def point(self, rows: Mapping[int, Tensor], found: Sequence[Tensor]) -> None:
+        """Take a direction, in the dtypes of the rows that it was made of."""
+        pairs = zip(rows.items(), found, strict=True)
+        new = {number: part.to(row.dtype) for (number, row), part in pairs}
+        self.direction = {**(self.direction or {}), **new}
+
     def commit(self, core: Core) -> None:
         """Let the core keep what the rule has changed."""
         if self.reused:
@@ -83,52 +101,6 @@ class Decision:
             members=members,
             stats={group: dict(ctx.stats) for group, (_, ctx) in self.contexts.items()},
         )
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How weights are applied.
-
-    Attributes:
-        scale: ``"sum"`` brings mean-like rules to the length of the summed gradient.
-        heads: ``"plain"``, ``"weighted"``, or None for the rule's own way.
-        capturable: Whether nothing may be read back.
-    """
-
-    scale: str = "native"
-    heads: str | None = None
-    capturable: bool = False
-
-    def factor(self, rule: Rule, n_tasks: int) -> int:
-        """Return what the rule's weights are multiplied by."""
-        return n_tasks if self.scale == "sum" and rule.scale == "mean" else 1
-
-    def split(self, rule: Rule, result: Tensor | Weights) -> tuple[Tensor, Tensor | None]:
-        """Return the weights on shared parameters, and those on heads or None for plain."""
-        shared, heads = result if isinstance(result, Weights) else (result, None)
-        factor = self.factor(rule, len(shared))
-        shared = shared if factor == 1 else shared * factor
-        if self.heads == "plain":
-            return shared, None
-        if heads is not None:
-            return shared, heads
-        return shared, shared if (self.heads or rule.heads) == "weighted" else None
-
-    def split_direction(
-        self,
-        rule: Rule,
-        result: Sequence[Tensor] | Direction,
-        n_tasks: int,
-        scale: Tensor | None,
-    ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Return a direction brought to length, and the weights on heads or None for plain."""
-        shared, heads = result if isinstance(result, Direction) else (result, None)
-        factor = self.factor(rule, n_tasks)
-        if scale is not None:
-            shared = [part * (factor * scale) for part in shared]
-        elif factor != 1:
-            shared = [part * factor for part in shared]
-        return shared, None if self.heads == "plain" else heads
 
 
 @dataclass(frozen=True)
@@ -180,7 +152,7 @@ def decide(
     if isinstance(rule, LossRule):
         members = {MODEL: range(len(tasks))}
     for group, positions in members.items():
-        part = _Part(tasks, positions, seen.losses.device)
+        part = Part(tasks, positions, seen.losses.device)
         ctx = core.context(
             group,
             part.numbers,
@@ -204,18 +176,11 @@ def decide(
             signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
             result = rule.weights(signal, ctx)
         if isinstance(result, Tensor | Weights):
-            shared, heads = policy.split(rule, result)
-            decision.shared[group] = part.spread(shared, 0.0)
-            if heads is shared and part.whole:
-                decision.heads = decision.shared[group]
-                continue
+            decision.weigh(group, part, *policy.split(rule, result))
         else:
             found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
-            found = [part.to(like.dtype) for part, like in zip(found, stacks.values(), strict=True)]
-            pairs = zip(decision.parameters[group], found, strict=True)
-            decision.direction = {**(decision.direction or {}), **dict(pairs)}
-        if heads is not None:
-            decision.heads = part.spread(heads, 1.0)
+            decision.point(stacks, found)
+            decision.weigh(None, part, None, heads)
     return decision
 
 
@@ -246,31 +211,6 @@ def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
     return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)
 
 
-@dataclass
-class _Part:
-    """Some of the present tasks."""
-
-    tasks: Sequence[int]
-    positions: Sequence[int]
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.numbers = [self.tasks[i] for i in self.positions]
-        self.whole = len(self.positions) == len(self.tasks)
-        self.index = None if self.whole else torch.tensor(self.positions, device=self.device)
-
-    def pick(self, vector: Tensor) -> Tensor:
-        return vector if self.index is None else vector[self.index]
-
-    def pick_square(self, matrix: Tensor) -> Tensor:
-        return matrix if self.index is None else matrix[..., self.index[:, None], self.index]
-
-    def spread(self, vector: Tensor, default: float) -> Tensor:
-        if self.index is None:
-            return vector
-        return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
-
-
 def _by_batch(gram: Tensor, n_batches: int) -> Tensor:
     """View inner products over the tasks of every batch in turn as ``[b, b, m, m]``."""
     m = len(gram) // n_batches
@@ -279,7 +219,7 @@ def _by_batch(gram: Tensor, n_batches: int) -> Tensor:
 
 def _ask(
     rule: GradientRule,
-    part: _Part,
+    part: Part,
     stacks: Mapping[int, Tensor],
     core: Core,
     ctx: Context,

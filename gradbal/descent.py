@@ -1,6 +1,5 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -9,18 +8,18 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
-from gradbal.core import Rows as PendingRows
+from gradbal.aside import Aside
 from gradbal.crossing import Segment
 from gradbal.decision import MODEL, Decision
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members, several
 from gradbal.heads import Heads, Sink, descend
+from gradbal.log import Log
 from gradbal.losses import Batch
+from gradbal.pending import Rows as PendingRows
 from gradbal.representation import boundary, check_marks, gram_only, watch
-from gradbal.sinks import Aside, Further, GramOnly, Keep
+from gradbal.sinks import Further, GramOnly, Keep
 from gradbal.task_gradients import TaskGradients
-
-log = logging.getLogger("gradbal")
 
 
 class Descent:
@@ -52,7 +51,7 @@ class Descent:
         self.params: list[Tensor] = []
         self.index: dict[int, int] = {}
         self.grouped: dict[int, str] = {}
-        self.told: set[str] = set()
+        self.log = Log()
         self.walked = self.hidden = self.foreign = False
         self.shared: set[int] | None = None
         self.refresh()
@@ -116,7 +115,7 @@ class Descent:
                 "Representation: the tasks' graphs meet in parameters only, so there is no "
                 "representation to look at; name a module or choose another engine."
             )
-        self._tell(plan)
+        self.log.about(plan)
         self.walked, self.hidden, self.foreign = True, plan.hidden, plan.foreign > 0
         return plan
 
@@ -249,12 +248,6 @@ class Descent:
             return self.shared
         return {number for number, tasks in known.items() if several(tasks)}
 
-    def tell_once(self, topic: str, message: str) -> None:
-        """Put a line into the log, unless it is there already."""
-        if topic not in self.told:
-            self.told.add(topic)
-            log.warning(message)
-
     def _cross(
         self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
     ) -> None:
@@ -309,18 +302,3 @@ class Descent:
     def _eps(self, shared: set[int]) -> float:
         double = all(self.params[number].dtype == torch.float64 for number in shared)
         return torch.finfo(torch.float64 if double else torch.float32).eps
-
-    def _tell(self, plan: Plan) -> None:
-        """Say once in the log what users may not expect."""
-        if plan.foreign:
-            self.tell_once(
-                "foreign",
-                f"{plan.foreign} parameters under the losses belong to no group of the base "
-                "optimizer; their gradients are left alone.",
-            )
-        if plan.one_node:
-            self.tell_once(
-                "one node",
-                "One operation makes several losses (a compiled model or a head with several "
-                "outputs), so every parameter under it counts as shared.",
-            )

@@ -46,7 +46,7 @@ class Flow:
 
     def __init__(self, core: Core, options: Options, descent: Descent) -> None:
         self.core, self.options, self.descent = core, options, descent
-        self.learning = Learning(core, descent.base, options.learned_lr, descent.tell_once)
+        self.learning = Learning(core, descent.base, options.learned_lr, descent.log.tell_once)
         self.writer = Writer()
         self.last: StepRecord | None = None
         self.holds = False  # weights, for further evaluations of the losses in a step
@@ -62,9 +62,9 @@ class Flow:
             decision, bad = self._decide_on_losses(batch, call)
             if bad:
                 return self._refuse("loss", bad, batch.tasks, call, undo)
-            if decision is not None and decision.in_one_pass and not core.rows:
+            if decision is not None and decision.in_one_pass and not core.pending:
                 return self._pass_once(batch, decision, scale, call, undo)
-            at_cut = decision is not None and not core.rows
+            at_cut = decision is not None and not core.pending
             further = [] if decision is not None else self._read_more(batch, call)
             with record_function("gradbal::jacobian"), explaining_donation():
                 others = [more for more in further if isinstance(more, Batch)]
@@ -93,13 +93,13 @@ class Flow:
         if call.accumulate:
             return None, []
         reusable = call.replay or core.age + 1 < options.update_every
-        held = reuse(core, sorted({*batch.tasks, *core.losses})) if reusable else None
+        held = reuse(core, sorted({*batch.tasks, *core.pending.losses})) if reusable else None
         if call.replay and held is None:
             raise RuntimeError(
                 f"{OWNER}: the closure returned losses of other tasks than in its first evaluation "
                 "of this step; return those of the same tasks."
             )
-        if core.rows or (held is None and not isinstance(core.rule, LossRule)):
+        if core.pending or (held is None and not isinstance(core.rule, LossRule)):
             return held, []
         aux = call.aux_batch
         seen = survey_losses(
@@ -241,7 +241,7 @@ class Flow:
         """Bring further batches into form; closures stay for rules that look ahead."""
         core, found = self.core, []
         if not call.more and max(core.rule.batches) > 1:
-            self.descent.tell_once(
+            self.descent.log.tell_once(
                 "one batch",
                 f"{type(core.rule).__name__} can compare independent batches and got one, which "
                 "biases its weights; pass their losses as `step(losses, second)` or "
@@ -268,7 +268,7 @@ class Flow:
     ) -> Tensor:
         """Write gradients for one of several evaluations in a step, all with the same weights."""
         self.options.check_more(self.core.rule, more, piecewise=False)
-        if count == 1 and self.core.rows:
+        if count == 1 and self.core.pending:
             raise RuntimeError(
                 f"{OWNER}: gradients were put aside with `accumulate`, and a closure would "
                 "evaluate a part of the batch only; call `backward` without `accumulate` and then "

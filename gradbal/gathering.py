@@ -87,7 +87,7 @@ def gather(
         known[number] = known.get(number, 0) | reached
     aux = aux_gradients(call.aux_batch, descent.params, scale)
     count, retain = len(core.names), call.retain_graph
-    if not call.accumulate and not core.rows:
+    if not call.accumulate and not core.pending:
         gradients = descent.gather(
             plan,
             batch,
@@ -101,10 +101,11 @@ def gather(
         return Gathered(plan, known, gradients, batch.values, aux)
     piece = descent.rows(plan, batch, scale, retain_graph=retain)
     if call.accumulate:
-        core.put_aside(piece, batch.by_task(), aux)
+        core.pending = core.pending.plus(piece, batch.by_task(), aux)
         core.sets = known
         return None
-    rows, losses, aux = core.with_pending(piece, batch.by_task(), aux)
-    tasks = sorted(losses)
-    gradients = descent.from_rows(rows, tasks, known, count)
-    return Gathered(plan, known, gradients, torch.stack([losses[task] for task in tasks]), aux)
+    whole = core.pending.plus(piece, batch.by_task(), aux)
+    tasks = sorted(whole.losses)
+    gradients = descent.from_rows(whole.rows, tasks, known, count)
+    losses = torch.stack([whole.losses[task] for task in tasks])
+    return Gathered(plan, known, gradients, losses, whole.aux)

@@ -20,11 +20,11 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        kinds = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
-        if not kinds:
+        kinds = _device_types()
+        if not any(map(torch.is_autocast_enabled, kinds)):
             return function(*args, **kwargs)
         with ExitStack() as stack:
-            for kind in kinds:
+            for kind in filter(torch.is_autocast_enabled, kinds):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 

@@ -135,7 +135,7 @@ class MTLOptimizer(WrappedOptimizer):
             ValueError: If a loss is no scalar, the number of tasks changed, or a gradient is not
                 finite; then nothing has changed.
         """
-        self.options.check_more(self.core.rule, more, accumulate or bool(self.core.rows))
+        self.options.check_more(self.core.rule, more, accumulate or bool(self.core.pending))
         self._flow.balance(losses, Call(aux, accumulate, scaler, retain_graph, more=more))
 
     def step(  # type: ignore[override]  # losses come where torch has the closure
@@ -161,7 +161,7 @@ class MTLOptimizer(WrappedOptimizer):
         if callable(losses):
             losses, closure = None, losses
         if losses is not None:
-            self.options.check_more(self.core.rule, more, bool(self.core.rows))
+            self.options.check_more(self.core.rule, more, bool(self.core.pending))
         self.options.check_closure(
             self.core.rule, self.base, losses, closure, aux, needed=self._needs_closure
         )

@@ -245,32 +245,6 @@ class GramOnly:
         return {number: total for number, total in sums.items() if total is not None}
 
 
-class Aside:
-    """Keep every gradient by itself, by parameter and task, to be added to others later.
-
-    Args:
-        tasks: Numbers of the tasks.
-        reached: The tasks that reach each parameter, as a bit set.
-    """
-
-    def __init__(self, tasks: Sequence[int], reached: Mapping[int, int]) -> None:
-        self.tasks, self.reached = tasks, reached
-        self.rows: dict[int, dict[int, Tensor]] = {}
-
-    def take(self, numbers: Sequence[int], rows: Rows) -> None:
-        """Keep the gradients of some tasks for some parameters."""
-        at = rows.tasks
-        chunk = at if isinstance(at, slice) else slice(at, at + 1)
-        tasks = self.tasks[chunk]
-        for number, grad in zip(numbers, rows.grads, strict=True):
-            if grad is not None:
-                for i, task in enumerate(tasks):
-                    if self.reached[number] >> task & 1:  # a batched pass gives zeros to others
-                        row = grad[i] if chunk is at else grad
-                        row = row.to_dense() if isinstance(row, Product) else row
-                        self.rows.setdefault(number, {})[task] = row
-
-
 def _gram_apart(rows: Sequence[Row], *, scaled: bool) -> Tensor:
     """Return the inner products of products or sparse rows; None counts as zero."""
     uses = [row.layer.uses[0] for row in rows if isinstance(row, Product)]

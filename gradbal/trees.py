@@ -1,8 +1,10 @@
 """Nested containers with tensors as leaves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradbal.gram import added
@@ -22,6 +24,35 @@ def shallow(tree: Any) -> Any:  # as deep as it goes
     if isinstance(tree, dict):
         return {key: shallow(value) for key, value in tree.items()}
     return tree.copy() if isinstance(tree, list | set) else tree
+
+
+@contextmanager
+def undoable(
+    owner: object, names: Sequence[str], generator: torch.Generator | None
+) -> Iterator[Callable[[], None]]:
+    """Undo every rebinding of some attributes if the body fails.
+
+    Args:
+        owner: Whose attributes these are.
+        names: Their names. Containers are copied, what they hold is not.
+        generator: Put back, too; reading it may wait for the device.
+
+    Yields:
+        A function that undoes every change made so far.
+    """
+    before = {name: shallow(getattr(owner, name)) for name in names}
+    drawn = None if generator is None else generator.get_state()
+
+    def undo() -> None:
+        owner.__dict__.update({name: shallow(value) for name, value in before.items()})
+        if generator is not None and drawn is not None:
+            generator.set_state(drawn)
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 def merged_sums(old: Mapping[int, Tensor], new: Mapping[int, Tensor]) -> dict[int, Tensor]:
