@@ -62,10 +62,10 @@ class Krum(GramRule):
             chosen = self._chosen(gram.numpy(), near, TIE * ctx.eps)
             return torch.zeros(m, dtype=gram.dtype).index_fill(0, chosen, 1 / self.n_selected)
         squares = gram.diagonal()
-        sizes = squares + squares.unsqueeze(1)
-        distances = torch.add(sizes, gram, alpha=-2).clamp(min=0)
-        distances, index = distances.topk(near, largest=False)
-        errors = TIE * ctx.eps * sizes.gather(1, index)
+        distances = torch.add(squares + squares.unsqueeze(1), gram, alpha=-2).clamp(min=0)
+        distances = distances.topk(near, largest=False).values
+        # a distance has the rounding of both its squared norms, which are at most this together
+        errors = TIE * ctx.eps * (3 * squares.unsqueeze(1) + 2 * distances)
         if not self.squared:
             errors, distances = (distances + errors).sqrt(), distances.sqrt()
             errors = errors - distances
@@ -77,12 +77,10 @@ class Krum(GramRule):
 
     def _chosen(self, gram: np.ndarray, near: int, tie: float) -> Tensor:
         """Return the selected tasks: the same on the host, in NumPy, which is faster there."""
-        squares = gram.diagonal()
-        sizes = squares + squares[:, None]
-        distances = np.maximum(sizes - 2 * gram, 0)
-        index = np.argpartition(distances, near - 1, axis=1)[:, :near]
-        rows = np.arange(len(gram))[:, None]
-        distances, errors = distances[rows, index], tie * sizes[rows, index]
+        squares = gram.diagonal()[:, None]
+        distances = np.maximum(squares + squares.T - 2 * gram, 0)
+        distances = np.partition(distances, near - 1, axis=1)[:, :near]
+        errors = tie * (3 * squares + 2 * distances)
         if not self.squared:
             errors, distances = np.sqrt(distances + errors), np.sqrt(distances)
             errors = errors - distances
