@@ -66,7 +66,7 @@ def host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
     rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
     gram = gram_matrix(rows).cpu()
     squares = gram.diagonal().tolist()
-    if all(TINY < square < HUGE for square in squares):
+    if min(squares) > TINY and sum(squares) < HUGE:  # a sum with NaN is not
         return gram, False
     gram = gram_matrix(rows, scaled=True).cpu()
     squares = gram.diagonal().tolist()

@@ -59,8 +59,7 @@ class Krum(GramRule):
             return gram.new_full((m,), 1 / m)
         near = self._neighbours(m) + 1  # with itself, at distance 0
         if not ctx.capturable:
-            chosen = self._chosen(gram.numpy(), near, TIE * ctx.eps)
-            return torch.zeros(m, dtype=gram.dtype).index_fill(0, chosen, 1 / self.n_selected)
+            return torch.from_numpy(self._on_host(gram.numpy(), near, TIE * ctx.eps))
         squares = gram.diagonal()
         distances = torch.add(squares + squares.unsqueeze(1), gram, alpha=-2).clamp(min=0)
         distances = distances.topk(near, largest=False).values
@@ -75,8 +74,8 @@ class Krum(GramRule):
         chosen = places.argsort(stable=True)[: self.n_selected]
         return torch.zeros_like(scores).index_fill(0, chosen, 1 / self.n_selected)
 
-    def _chosen(self, gram: np.ndarray, near: int, tie: float) -> Tensor:
-        """Return the selected tasks: the same on the host, in NumPy, which is faster there."""
+    def _on_host(self, gram: np.ndarray, near: int, tie: float) -> np.ndarray:
+        """Do the same in NumPy, which is faster there."""
         squares = gram.diagonal()[:, None]
         distances = np.maximum(squares + squares.T - 2 * gram, 0)
         distances = np.partition(distances, near - 1, axis=1)[:, :near]
@@ -87,7 +86,9 @@ class Krum(GramRule):
         scores, errors = distances.sum(axis=1), errors.sum(axis=1)
         beyond = scores - np.sort(scores)[self.n_selected - 1]
         places = np.sign(beyond) * (np.abs(beyond) > errors)
-        return torch.from_numpy(places.argsort(kind="stable")[: self.n_selected])
+        weights = np.zeros(len(gram))
+        weights[places.argsort(kind="stable")[: self.n_selected]] = 1 / self.n_selected
+        return weights
 
     def _neighbours(self, m: int) -> int:
         """Return how many neighbours count, or tell that there are too few tasks."""
