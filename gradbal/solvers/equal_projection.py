@@ -18,9 +18,10 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
     :math:`C y = \mathbb 1` with :math:`w_i = y_i / n_i` up to scale. Eigenvalues below
     :math:`m \, \epsilon \, \lambda_{\max}` count as zero. If there are any, so that no such
     combination need exist, :math:`w` is the pseudo-inverse of :math:`G` times :math:`n`. Zero
-    vectors get weight 0. The min-norm point over the unit vectors takes the place of a solution
-    that would point uphill, for one vector or (weights without a positive sum) for all, and of a
-    pseudo-inverse where norms lie more than three decades apart, which would be mere rounding.
+    vectors get weight 0. Two have :math:`w = (n_2, n_1) / (n_1 + n_2)`, also where they are
+    parallel, so that nothing jumps. The min-norm point over the unit vectors takes the place of a
+    solution that would point uphill, for one vector or (weights without a positive sum) for all,
+    and of a pseudo-inverse where norms lie more than three decades apart: that is mere rounding.
 
     Args:
         gram: Inner products, shape ``[m, m]``, symmetric, PSD, float64.
