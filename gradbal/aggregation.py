@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.gram import (
+    by_batch,
     combine,
     combine_tiny,
     outside_autocast,
@@ -110,8 +111,7 @@ def aggregate(
         result = _ask(rule, values, ctx)
     else:
         if more:
-            m = len(jacobian)
-            ctx.cross = gram.view(len(found), m, len(found), m).transpose(1, 2)
+            ctx.cross = by_batch(gram, len(found))
             gram = ctx.cross[0, 0]
         result = _ask(rule, gram, ctx)
     kept = _kept(rule, ctx)
@@ -202,8 +202,7 @@ def _names(count: int) -> tuple[str, ...]:
 def _learn(rule: Rule, ctx: Context) -> None:
     """Step what the rule learns."""
     for name, slope in ctx.slopes.items():
-        moving = torch.ones_like(slope, dtype=torch.bool)
-        advance(ctx.state, name, slope, moving, ctx.lr, rule.learner or "adam")
+        advance(ctx.state, name, slope, None, ctx.lr, rule.learner or "adam")
     ctx.slopes = {}
 
 

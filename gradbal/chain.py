@@ -159,7 +159,7 @@ class _WeightChain(Chain, WeightRule):
             gram = gram / sizes / sizes[:, None]
         result = self._ask(position + 1, gram, transform.see(ctx))
         shared, heads = result if isinstance(result, Weights) else (result, None)
-        own = {name: ctx.state[f"{position}.{name}"] for name in transform.init(ctx.losses)}
+        own = _named(ctx.state, f"{position}.")
         shared = transform.finish(shared, own)
         ctx.state.update({f"{position}.{name}": tensor for name, tensor in own.items()})
         if sizes is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.core import Core
-from gradbal.gram import total_gram, total_vector
+from gradbal.gram import by_batch, total_gram, total_vector
 from gradbal.policy import Part, Policy
 from gradbal.record import StepRecord
 from gradbal.rule import (
@@ -56,15 +56,16 @@ class Decision:
         """Whether one ordinary pass over the weighted losses gives all gradients."""
         return self.heads is not None and self.heads is self.shared.get(MODEL)
 
-    def weigh(
-        self, group: str | None, part: Part, shared: Tensor | None, heads: Tensor | None
-    ) -> None:
+    def weigh(self, group: str, part: Part, shared: Tensor, heads: Tensor | None) -> None:
         """Take the weights of some of the tasks on a group and on their heads."""
-        if shared is not None and group is not None:
-            self.shared[group] = part.spread(shared, 0.0)
-            if heads is shared and part.whole:
-                self.heads = self.shared[group]
-                return
+        self.shared[group] = part.spread(shared, 0.0)
+        if heads is shared and part.whole:
+            self.heads = self.shared[group]
+        else:
+            self.weigh_heads(part, heads)
+
+    def weigh_heads(self, part: Part, heads: Tensor | None) -> None:
+        """Take the weights of some of the tasks on their heads, None for plain gradients."""
         if heads is not None:
             self.heads = part.spread(heads, 1.0)
 
@@ -165,7 +166,7 @@ def decide(
         )
         decision.contexts[group] = (part.numbers, ctx)
         if group in seen.grams:
-            blocks = part.pick_square(_by_batch(seen.grams[group], sight.n_batches))
+            blocks = part.pick_square(by_batch(seen.grams[group], sight.n_batches))
             ctx.cross = blocks if sight.n_batches > 1 else None
             decision.grams[group] = blocks[0, 0]
         if isinstance(rule, GradientRule):
@@ -180,7 +181,7 @@ def decide(
         else:
             found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
             decision.point(stacks, found)
-            decision.weigh(None, part, None, heads)
+            decision.weigh_heads(part, heads)
     return decision
 
 
@@ -209,12 +210,6 @@ def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
     shared = held["shared"][index]
     heads = held["heads"][index] if "heads" in held else None
     return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)
-
-
-def _by_batch(gram: Tensor, n_batches: int) -> Tensor:
-    """View inner products over the tasks of every batch in turn as ``[b, b, m, m]``."""
-    m = len(gram) // n_batches
-    return gram.view(n_batches, m, n_batches, m).transpose(1, 2)
 
 
 def _ask(

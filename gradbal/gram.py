@@ -111,7 +111,14 @@ def _sum_of_grams(rows: Sequence[Tensor], device: torch.device, *, scaled: bool)
 
 def needs_scaling(gram: Tensor) -> bool:
     """Say whether some squared norm may have vanished or overflowed in float32."""
-    return any(not TINY < square < HUGE for square in gram.diagonal().tolist())
+    squares: list[float] = gram.diagonal().tolist()
+    return not (min(squares) > TINY and sum(squares) < HUGE)  # a sum with NaN is not
+
+
+def by_batch(gram: Tensor, n_batches: int) -> Tensor:
+    """View inner products over the tasks of every batch in turn as ``[b, b, m, m]``."""
+    m = gram.shape[0] // n_batches
+    return gram.view(n_batches, m, n_batches, m).transpose(1, 2)
 
 
 def sparse_gram(rows: Sequence[Tensor | None]) -> Tensor:

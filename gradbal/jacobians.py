@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal import checks
-from gradbal.gram import HUGE, TINY, gram_matrix
+from gradbal.gram import TINY, gram_matrix, needs_scaling
 from gradbal.rule import Rule, State
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,8 +65,7 @@ def host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """
     rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
     gram = gram_matrix(rows).cpu()
-    squares = gram.diagonal().tolist()
-    if min(squares) > TINY and sum(squares) < HUGE:  # a sum with NaN is not
+    if not needs_scaling(gram):
         return gram, False
     gram = gram_matrix(rows, scaled=True).cpu()
     squares = gram.diagonal().tolist()

@@ -19,7 +19,7 @@ def slots(name: str, tensor: Tensor, learner: str) -> State:
 
 
 def advance(
-    state: State, name: str, grad: Tensor, moving: Tensor, lr: float | Tensor, learner: str
+    state: State, name: str, grad: Tensor, moving: Tensor | None, lr: float | Tensor, learner: str
 ) -> None:
     """Step one tensor of a state.
 
@@ -27,13 +27,14 @@ def advance(
         state: Where the tensor and its slots are; entries are replaced.
         name: Which tensor.
         grad: Its gradient, of the same shape.
-        moving: Where it may move; elsewhere tensor and slots stay, bool.
+        moving: Where it may move; elsewhere tensor and slots stay, bool. None for everywhere.
         lr: Learning rate.
         learner: ``"sgd"`` or ``"adam"`` (Kingma and Ba, ICLR 2015, with its default constants).
     """
     value = state[name]
     if learner == "sgd":
-        state[name] = torch.where(moving, value - lr * grad, value)
+        new_value = value - lr * grad
+        state[name] = new_value if moving is None else torch.where(moving, new_value, value)
         return
     steps, mean, square = (state[f"{name}.{slot}"] for slot in ("steps", "mean", "square"))
     new_steps = steps + 1
@@ -47,4 +48,4 @@ def advance(
         (f"{name}.mean", mean, new_mean),
         (f"{name}.square", square, new_square),
     ):
-        state[slot] = torch.where(moving, new, old)
+        state[slot] = new if moving is None else torch.where(moving, new, old)

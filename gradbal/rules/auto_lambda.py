@@ -75,8 +75,7 @@ class AutoLambda(GradientRule):
         products = [
             row.flatten(1) @ slope.flatten() for row, slope in zip(rows, slopes, strict=True)
         ]
-        everyone = torch.ones_like(ctx.losses, dtype=torch.bool)
-        advance(ctx.state, "weights", -lr * ctx.total(products), everyone, ctx.lr, "adam")
+        advance(ctx.state, "weights", -lr * ctx.total(products), None, ctx.lr, "adam")
         return ctx.state["weights"]
 
 

@@ -77,8 +77,7 @@ class MOML(GradientRule):
         upper = upper / self._sizes(upper, losses.to(upper.device))[:, None]
         chosen = min_norm(upper @ upper.T)
         ctx.stats["residual"] = chosen.residual
-        everyone = torch.ones_like(ctx.losses, dtype=torch.bool)
-        advance(ctx.state, "logits", chosen.value @ upper, everyone, ctx.lr, "adam")
+        advance(ctx.state, "logits", chosen.value @ upper, None, ctx.lr, "adam")
         return torch.softmax(ctx.state["logits"], dim=0)
 
     def _sizes(self, upper: Tensor, losses: Tensor) -> Tensor:
