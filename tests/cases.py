@@ -16,6 +16,10 @@ J3 = [[2, 1, 0, -1], [-1, 3, 1, 0], [0, -4, 2, 6]]
 JR = [[2, 0], [1, 1], [-1, 1]]
 JP = [[1, 2, 0, 1], [2, 1, 1, 0], [0.5, 1, 3, 1]]
 SIZES = (1, 2, 3, 8, 16)
+ANGLES = torch.tensor([0, 0.4, 0.8, 1.2, 1.57], dtype=torch.float64)
+FIVE = tuple(
+    zip(ANGLES.cos().tolist(), ANGLES.sin().tolist(), strict=True)
+)  # directions of two tasks
 
 ONE_BATCH = tuple(name for name in RULES if min(RULES[name].rule.batches) == 1)
 WEIGHTED = tuple(name for name in ONE_BATCH if getattr(make_rule(name), "weighted", True))

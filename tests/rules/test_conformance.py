@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, JACOBIANS, combine, keeps_gradients, losses_for, normal, seeded
+from cases import FEW, FIVE, JACOBIANS, combine, keeps_gradients, losses_for, normal, seeded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,7 @@ from gradbal.chain import Chain, chain
 from gradbal.core import Core
 from gradbal.decision import MODEL
 from gradbal.registry import RULES
-from gradbal.rule import Claim, Context, Direction, GradientRule, LossRule, Rule
+from gradbal.rule import Claim, Context, Direction, GradientRule, GramRule, LossRule, Rule
 from gradbal.transforms import TRANSFORMS
 
 EXACT = 1e-9  # of what cancels
@@ -377,6 +377,33 @@ def test_no_operation_depends_on_data(name: str, m: int) -> None:
         ctx.buffers, ctx.present = core.buffers_for({0: jacobian}, range(m)), torch.arange(m)
         elementwise = isinstance(rule, GradientRule) and not rule.weighted
         assert ask(rule, jacobian, ctx)[0].shape[-1] == (5 if elementwise else m)
+
+
+OTHER_PATHS: list[tuple[str, dict[str, Any]]] = [  # options that lead through other code
+    ("ferero", {"step_size": 0.5}),
+    ("ferero", {"cone": ((1.0, 0.2), (0.1, 1.0), (1.0, 1.0))}),
+    ("pmtl", {"initial_steps": 2}),
+    ("pmtl", {"preferences": FIVE, "index": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHER_PATHS)
+def test_other_paths_work_on_the_device(name: str, options: dict[str, Any]) -> None:
+    rule = make_rule(name, **options)
+    assert isinstance(rule, GramRule)
+    jacobian, losses = normal(2, 5, seed=1), torch.tensor([0.5, 7.0], dtype=torch.float64)
+    found = []
+    for capturable in (False, True):
+        core = Core(rule, tasks=2, learner="adam", seed=0)
+        for _ in range(3):
+            ctx = core.context(MODEL, range(2), losses, capturable=capturable)
+            found.append(rule.weights(jacobian @ jacobian.T, ctx))
+            core.commit(MODEL, [0, 1], ctx)
+    torch.testing.assert_close(found[:3], found[3:])
+    with FakeTensorMode():
+        core = Core(rule, tasks=2, learner="adam", seed=0)
+        ctx = core.context(MODEL, range(2), torch.empty(2).double(), capturable=True)
+        assert rule.weights(torch.empty(2, 2).double(), ctx).shape == (2,)
 
 
 # ---------------------------------------------------------------------------- helpers

@@ -6,12 +6,9 @@ import pytest
 import torch
 from cases import conflicting, correlated, decades, losses_for, normal, seeded, wells
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.core import Core
-from gradbal.decision import MODEL
-from gradbal.rule import GramRule, Rule
+from gradbal.rule import Rule
 
 
 def ray_of(m: int, seed: int) -> Tensor:
@@ -142,27 +139,6 @@ def test_reaches_the_front_on_its_ray(m: int, seed: int, options: dict[str, Any]
     shares = losses * ray
     assert (shares / shares.mean() - 1).abs().max() <= 1e-3
     assert aggregate(jacobian, "mgda").direction.norm() <= 1e-6
-
-
-@pytest.mark.parametrize(
-    "options", [{"step_size": 0.5}, {"cone": ((1.0, 0.2), (0.1, 1.0), (1.0, 1.0))}]
-)
-def test_every_option_works_on_the_device(options: dict[str, Any]) -> None:
-    rule = make_rule("ferero", **options)
-    assert isinstance(rule, GramRule)
-    jacobian, losses = normal(2, 5, seed=1), torch.tensor([0.5, 7.0], dtype=torch.float64)
-    found = []
-    for capturable in (False, True):
-        core = Core(rule, tasks=2, learner="adam", seed=0)
-        for _ in range(3):
-            ctx = core.context(MODEL, range(2), losses, capturable=capturable)
-            found.append(rule.weights(jacobian @ jacobian.T, ctx))
-            core.commit(MODEL, [0, 1], ctx)
-    torch.testing.assert_close(found[:3], found[3:])
-    with FakeTensorMode():
-        core = Core(rule, tasks=2, learner="adam", seed=0)
-        ctx = core.context(MODEL, range(2), torch.empty(2).double(), capturable=True)
-        assert rule.weights(torch.empty(2, 2).double(), ctx).shape == (2,)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import conflicting, decades, losses_for, normal, rows, seeded, wells
+from cases import FIVE, conflicting, decades, losses_for, normal, rows, seeded, wells
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradbal import aggregate, make_rule
-from gradbal.core import Core
-from gradbal.decision import MODEL
-from gradbal.rule import GramRule, Rule
+from gradbal.rule import Rule
 from gradbal.solvers import cvxpy_min_norm
-
-ANGLES = torch.tensor([0, 0.4, 0.8, 1.2, 1.57], dtype=torch.float64)
-FIVE = tuple(zip(ANGLES.cos().tolist(), ANGLES.sin().tolist(), strict=True))
 
 
 def sides_of(vectors: Tensor, index: int) -> Tensor:
@@ -142,25 +136,6 @@ def test_reaches_the_front_in_its_sector(index: int) -> None:
     losses, jacobian = wells(point, 2)
     assert (sides_of(torch.tensor(FIVE).double(), index) @ losses <= 0.02 * losses.norm()).all()
     assert aggregate(jacobian, "mgda").direction.norm() <= 1e-4
-
-
-@pytest.mark.parametrize("options", [{"initial_steps": 2}, {"preferences": FIVE, "index": 0}])
-def test_every_option_works_on_the_device(options: dict[str, Any]) -> None:
-    rule = make_rule("pmtl", **options)
-    assert isinstance(rule, GramRule)
-    jacobian, losses = normal(2, 5, seed=1), torch.tensor([0.5, 7.0], dtype=torch.float64)
-    found = []
-    for capturable in (False, True):
-        core = Core(rule, tasks=2, learner="adam", seed=0)
-        for _ in range(3):
-            ctx = core.context(MODEL, range(2), losses, capturable=capturable)
-            found.append(rule.weights(jacobian @ jacobian.T, ctx))
-            core.commit(MODEL, [0, 1], ctx)
-    torch.testing.assert_close(found[:3], found[3:])
-    with FakeTensorMode():
-        core = Core(rule, tasks=2, learner="adam", seed=0)
-        ctx = core.context(MODEL, range(2), torch.empty(2).double(), capturable=True)
-        assert rule.weights(torch.empty(2, 2).double(), ctx).shape == (2,)
 
 
 @pytest.mark.parametrize(
