@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradbal import checks
 from gradbal.engines import Engine, Representation
 from gradbal.policy import Policy
-from gradbal.rule import GradientRule, LossRule, Rule
+from gradbal.rule import GradientRule, GramRule, LossRule, Rule
 from gradbal.wrapper import WrappedOptimizer
 
 Parameters = nn.Module | Tensor | Iterable[Any]
@@ -32,6 +32,7 @@ class Options:
     capturable: bool
     process_group: Any
     seed: int
+    gram_over: bool = False
 
     @property
     def when_nonfinite(self) -> str:
@@ -106,8 +107,13 @@ class Options:
                 )
         if isinstance(rule, GradientRule):
             self._check_gradient_rule(rule, engine)
-        if self.groups == "model":
-            return
+        if self.gram_over:
+            self._check_gram_over(rule, engine)
+        if self.groups != "model":
+            self._check_groups(rule, engine)
+
+    def _check_groups(self, rule: Rule, engine: Engine) -> None:
+        name = type(rule).__name__
         if isinstance(rule, LossRule):
             raise ValueError(
                 f"{OWNER}: {name} looks at the losses alone, so `groups` would change nothing; "
@@ -123,14 +129,30 @@ class Options:
                 f"{OWNER}: weights of several `groups` cannot be reused in one pass; "
                 "leave out `update_every`."
             )
-        if isinstance(engine, Representation):
+        if not engine.keeps:
             raise ValueError(
-                f"{OWNER}: a representation gives one Gram matrix, so `groups` needs another "
-                "engine, such as Sequential."
+                f"{OWNER}: {type(engine).__name__} gives one Gram matrix, so `groups` needs "
+                "another engine, such as Sequential."
             )
+
+    def _check_gram_over(self, rule: Rule, engine: Engine) -> None:
+        name = type(rule).__name__
+        reasons = {
+            f"{name} does not look at inner products of gradients": not isinstance(rule, GramRule),
+            "a representation has its own inner products": isinstance(engine, Representation),
+            "`groups` asks for other inner products": self.groups != "model",
+        }
+        for reason, refuse in reasons.items():
+            if refuse:
+                raise ValueError(f"{OWNER}: {reason}, so `gram_over` cannot be; leave it out.")
 
     def _check_gradient_rule(self, rule: GradientRule, engine: Engine) -> None:
         name, looks = type(rule).__name__, isinstance(engine, Representation)
+        if not engine.keeps and not looks:
+            raise ValueError(
+                f"{OWNER}: {name} needs the gradients themselves, and {type(engine).__name__} keeps"
+                " none; choose another engine, such as Sequential."
+            )
         if looks and rule.buffers(torch.zeros(2, 1)):
             raise ValueError(
                 f"{OWNER}: {name} keeps a gradient of every task from step to step, and those at a "

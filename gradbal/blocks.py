@@ -1,11 +1,18 @@
 """Storage for rows of the Jacobian, laid out so that gradients are views of it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
+
+MODEL = "model"  # the group of everything
+BESIDE = "beside"  # what takes the weights of everything and has no part in them
+
+Room = Callable[..., Tensor]  # as torch.empty: a size, dtype and device -> storage
 
 
 @dataclass
@@ -16,15 +23,18 @@ class Block:
         group: Name of the group.
         numbers: The parameters.
         rows: Storage, shape ``[m, n]``, preallocated.
-        flat: Storage of the direction, shape ``[n]``; gradients are views of it.
     """
 
     group: str
     numbers: list[int]
     rows: Tensor
-    flat: Tensor
     places: list[tuple[torch.Size, tuple[int, ...], int]]
     cache: dict[object, dict[int, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Storage of the direction, shape ``[n]``; gradients are views of it."""
+        return self.rows.new_empty(self.rows.shape[1])
 
     def views(self, tensor: Tensor, key: object = None) -> dict[int, Tensor]:
         """View ``[..., n]`` as one tensor ``[..., *shape]`` per parameter, in its own strides.
@@ -44,10 +54,31 @@ class Block:
         return views
 
 
+class Workspace:
+    """Storage that is lent again and again, to one block of a dtype and device at a time."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return uninitialised storage."""
+        kept, numel = self.kept.pop((dtype, device), None), prod(size)
+        if kept is None or len(kept) < numel:
+            kept = torch.empty(numel, dtype=dtype, device=device)
+        self.kept[dtype, device] = kept
+        return kept[:numel].view(size)
+
+
 def lay_out(
-    params: Sequence[Tensor], groups: Mapping[int, str], sparse: Iterable[int], n_rows: int
+    params: Sequence[Tensor],
+    groups: Mapping[int, str],
+    sparse: Iterable[int],
+    n_rows: int,
+    room: Room,
 ) -> list[Block]:
-    """Allocate blocks, and say where in them each parameter lies."""
+    """Say where in blocks each parameter lies, and make room for them."""
     kinds: dict[tuple[str, torch.device, torch.dtype], list[int]] = defaultdict(list)
     for number, group in groups.items():
         if number not in sparse:
@@ -59,9 +90,8 @@ def lay_out(
             like = torch.empty_like(params[number], device="meta")
             places.append((like.shape, like.stride(), offset))
             offset += like.numel()
-        rows = torch.empty((n_rows, offset), dtype=dtype, device=device)
-        flat = torch.empty(offset, dtype=dtype, device=device)
-        blocks.append(Block(group, numbers, rows, flat, places))
+        rows = room((n_rows, offset), dtype=dtype, device=device)
+        blocks.append(Block(group, numbers, rows, places))
     return blocks
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradbal.blocks import MODEL
 from gradbal.core import Core
 from gradbal.gram import by_batch, total_gram, total_vector
 from gradbal.policy import Part, Policy
@@ -24,7 +25,6 @@ from gradbal.rule import (
 )
 from gradbal.survey import Survey
 
-MODEL = "model"  # the group of everything
 Rows = Callable[[str], Mapping[int, Tensor]]
 
 

@@ -7,57 +7,37 @@ import torch
 from torch import Tensor
 
 from gradbal import crossing
-from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
 from gradbal.aside import Aside
+from gradbal.blocks import BESIDE, MODEL, Workspace
 from gradbal.crossing import Segment
-from gradbal.decision import MODEL, Decision
+from gradbal.decision import Decision
 from gradbal.engines import Engine, Representation
-from gradbal.graph import Plan, make_plan, members, several
+from gradbal.graph import Plan, make_plan, members
 from gradbal.heads import Heads, Sink, descend
 from gradbal.log import Log
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
-from gradbal.representation import boundary, check_marks, gram_only, watch
-from gradbal.sinks import Further, GramOnly, Keep
-from gradbal.task_gradients import TaskGradients
+from gradbal.representation import boundary, check_marks, represented, watch
+from gradbal.roles import Roles
+from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
+from gradbal.task_gradients import AnySink, TaskGradients
 
 
 class Descent:
     """Compute task gradients. Holds what is reused from step to step and nothing that is saved.
 
     Args:
-        base: Whose parameters count.
+        roles: What the parameters are.
         engine: How cotangents are taken down.
-        shared: Parameters to treat as shared; None to find them.
-        groups: How shared parameters are grouped.
         norms_only: Whether the rule looks at the lengths of task gradients alone.
-        everything: Treat all parameters as shared.
     """
 
-    def __init__(
-        self,
-        base: torch.optim.Optimizer,
-        engine: Engine,
-        shared: Sequence[Tensor] | None,
-        groups: Groups,
-        *,
-        norms_only: bool = False,
-        everything: bool = False,
-    ) -> None:
-        self.base, self.engine, self.groups = base, engine, groups
-        self.everything = everything
+    def __init__(self, roles: Roles, engine: Engine, *, norms_only: bool = False) -> None:
+        self.roles, self.engine = roles, engine
         self.crossing = engine.crossing()
-        self.keep = Keep()
-        self.params: list[Tensor] = []
-        self.index: dict[int, int] = {}
-        self.grouped: dict[int, str] = {}
+        self.keep, self.workspace = Keep(), Workspace()
         self.log = Log()
         self.walked = self.hidden = self.foreign = False
-        self.shared: set[int] | None = None
-        self.refresh()
-        if shared is not None and not everything:
-            self.shared = numbers_in(shared, self.index)
-        assign_groups(groups, (), self.index)  # raises now if a group names strangers
         modules = engine.modules if isinstance(engine, Representation) else ()
         self.n_modules = len(modules)
         self.tag = object() if modules else None
@@ -66,24 +46,16 @@ class Descent:
         self.pool = isinstance(engine, Representation) and engine.pool is not None
         self.mixed = norms_only or self.pool
 
-    def refresh(self) -> dict[int, int] | None:
-        """Notice parameters that joined, left or were replaced.
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters of the optimizer."""
+        return self.roles.params
 
-        Returns:
-            The new number of each old parameter that is still there, or None if all stand where
-            they stood.
-        """
-        params = parameter_list(self.base)
-        if list(map(id, params)) == list(map(id, self.params)):
-            return None
-        old, self.params = self.params, params
-        self.index = {id(param): number for number, param in enumerate(params)}
-        self.keep, self.grouped = Keep(), {}
-        moved = {n: self.index[id(p)] for n, p in enumerate(old) if id(p) in self.index}
-        if self.everything:
-            self.shared = set(self.index.values())
-        elif self.shared is not None:
-            self.shared = {moved[number] for number in self.shared if number in moved}
+    def refresh(self) -> dict[int, int] | None:
+        """Notice parameters that joined, left or were replaced, see :meth:`Roles.refresh`."""
+        moved = self.roles.refresh()
+        if moved is not None:
+            self.keep = Keep()
         return moved
 
     def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
@@ -101,7 +73,12 @@ class Descent:
         tag = None if found else self.tag
         looks = isinstance(self.engine, Representation) and not found
         plan = make_plan(
-            batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
+            batch.edges,
+            batch.tasks,
+            self.roles.index,
+            known=known,
+            shared=self.roles.named,
+            tag=tag,
         )
         if not plan.reached and not plan.hidden:
             raise ValueError(
@@ -143,40 +120,97 @@ class Descent:
             retain_graph: Keep the graph.
             further: Plans and losses of further batches with the same tasks.
         """
-        heads, shared = Heads(), self.shared_numbers(known)
-        m, n_batches = len(batch.tasks), 1 + len(further)
-        sink: Keep | GramOnly
+        heads, shared = Heads(), self.roles.shared(known)
+        sink: AnySink
         if at_cut or isinstance(self.engine, Representation):
-            if further:
-                raise ValueError(
-                    "Representation: gradients at the inputs of different batches share no space, "
-                    "so they cannot be compared; choose another engine, such as Sequential."
-                )
-            sink = gram_only(plan, len(self.params), pool=self.pool and not at_cut)
-            edges, seeds = boundary(plan), batch.seeds(scale)
-            keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk
-            for cotangent in descend(
-                plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep
-            ):
-                sink.held.append(cotangent.values)
+            sink = self._represent(plan, batch.seeds(scale), heads, at_cut, retain_graph)
+        elif self.engine.keeps and not self.roles.some:
+            pairs = [(plan, batch), *further]
+            seeds = [losses.seeds(scale) for _, losses in pairs]
+            plans = [one for one, _ in pairs]
+            sink = self._keep(plans, seeds, heads, shared, n_rows, retain_graph)
         else:
-            sink, plans = self.keep, [plan, *(other for other, _ in further)]
-            last = len(further)  # batches may come from one forward pass
-            segments = [
-                self.engine.segment(one, self.params, retain_graph or place < last)
-                for place, one in enumerate(plans)
-            ]
-            apart = set[int]()
-            for one, segment in zip(plans, segments, strict=True):
-                apart |= one.sparse.union(one.trunk[i] for i in segment.layers)
-            group = self._group(shared)
-            sink.open(self.params, group, apart, n_rows * n_batches, m * n_batches)
-            self._cross(plan, segments[0], batch.seeds(scale), heads, sink)
-            for place, (other, losses) in enumerate(further, 1):
-                later = Further(sink, place * m)
-                self._cross(other, segments[place], losses.seeds(scale), Heads(), later)
-            sink.close()
-        return self._collected(batch.tasks, heads, sink, plan.reached, shared, n_batches)
+            sink = self._stream(plan, batch.seeds(scale), heads, shared, n_rows, retain_graph)
+        if further and not isinstance(sink, Keep):
+            raise ValueError(
+                f"{type(self.engine).__name__}: task gradients of different batches cannot be "
+                "compared at a representation, in a stream or over chosen modules; choose another "
+                "engine, such as Sequential, without `gram_over`."
+            )
+        return self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
+
+    def _represent(
+        self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, at_cut: bool, retain_graph: bool
+    ) -> Represented:
+        """Go down through the heads only."""
+        sink = represented(plan, len(self.params), pool=self.pool and not at_cut)
+        edges = boundary(plan)
+        keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk
+        for _ in sink.holding(
+            descend(plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep)
+        ):
+            pass
+        return sink
+
+    def _keep(
+        self,
+        plans: Sequence[Plan],
+        seeds: Sequence[Sequence[Tensor]],
+        heads: Heads,
+        shared: set[int],
+        n_rows: int,
+        retain_graph: bool,
+    ) -> Keep:
+        """Go down through the whole trunk of every batch and keep the rows."""
+        sink, last = self.keep, len(plans) - 1  # batches may come from one forward pass
+        segments = [
+            self.trunk(one, retain_graph=retain_graph or i < last) for i, one in enumerate(plans)
+        ]
+        apart = set[int]()
+        for one, segment in zip(plans, segments, strict=True):
+            apart |= one.sparse.union(one.trunk[i] for i in segment.layers)
+        m, b = len(plans[0].tasks), len(plans)
+        sink.open(self.params, self.roles.group(shared), apart, n_rows * b, m * b)
+        self._cross(plans[0], segments[0], seeds[0], heads, sink)
+        for i in range(1, b):
+            self._cross(plans[i], segments[i], seeds[i], Heads(), Further(sink, i * m))
+        sink.close()
+        return sink
+
+    def _stream(
+        self,
+        plan: Plan,
+        seeds: Sequence[Tensor],
+        heads: Heads,
+        shared: set[int],
+        n_rows: int,
+        retain_graph: bool,
+    ) -> Streamed:
+        """Go down through the trunk piece by piece, and keep inner products only."""
+        m, group = len(plan.tasks), self.roles.group(shared)
+        self.roles.check_counted(shared, plan.reached)
+        beside = {n: group[n] for n in sorted({n for above in plan.above for n in above})}
+        self.keep.open(self.params, beside, plan.sparse, n_rows, m)
+        sink = Streamed(
+            m, len(plan.cut), len(self.params), self.params, self.keep, Keep(self.workspace)
+        )
+        rows = sink.holding(
+            descend(
+                plan, self.params, seeds, heads, sink, edges=plan.cut, retain_graph=retain_graph
+            )
+        )
+        sizes = {n: self.params[n].numel() for n in plan.trunk if group[n] == MODEL}
+        pieces = self.engine.pieces(plan.cut, self.roles.index, sizes) if sizes else []
+        for top, bottom, numbers in pieces:
+            params = [self.params[number] for number in numbers]
+            segment = Segment(top, params, retain_graph=True, bottom=bottom)
+            segment = segment._replace(layers=self.engine.layers(segment, m))
+            apart = plan.sparse.union(numbers[i] for i in segment.layers)
+            rows = sink.meet(numbers, apart, self.crossing(segment, rows))
+        for _ in rows:
+            pass
+        self.keep.close()
+        return sink
 
     def rows(
         self, plan: Plan, batch: Batch, scale: Tensor | None, *, retain_graph: bool
@@ -192,7 +226,7 @@ class Descent:
                 "accumulated; use Sequential or Batched."
             )
         heads, aside = Heads(), Aside(batch.tasks, plan.reached)
-        segment = self.engine.segment(plan, self.params, retain_graph)
+        segment = self.trunk(plan, retain_graph=retain_graph)
         self._cross(plan, segment, batch.seeds(scale), heads, aside)
         for task, grads in zip(batch.tasks, heads.grads, strict=True):
             for number, grad in grads.items():
@@ -211,9 +245,9 @@ class Descent:
             n_rows: Number of tasks that may ever be present.
         """
         position = {task: i for i, task in enumerate(tasks)}
-        heads, shared = Heads([{} for _ in tasks]), self.shared_numbers(known)
+        heads, shared = Heads([{} for _ in tasks]), self.roles.shared(known)
         sparse = {n for n, column in rows.items() if any(g.is_sparse for g in column.values())}
-        self.keep.open(self.params, self._group(shared), sparse, n_rows, len(tasks))
+        self.keep.open(self.params, self.roles.group(shared), sparse, n_rows, len(tasks))
         for number, column in rows.items():
             for task, grad in column.items():
                 if number in shared:
@@ -230,11 +264,12 @@ class Descent:
         """Return the gradient of every parameter: heads, trunk and what lies beside it."""
         sink = gradients.sink
         out = gradients.heads.direction(decision.heads)
-        if decision.direction is not None:
+        if decision.direction is not None and not isinstance(sink, Streamed):
             shared = sink.like_rows(decision.direction)
         elif isinstance(sink, Keep):
+            weights = decision.shared | {BESIDE: decision.shared.get(MODEL)}
             in_place = all(self.params[number].grad is None for number in sink.groups)
-            shared = sink.direction(decision.shared.get, in_place=in_place)
+            shared = sink.direction(weights.get, in_place=in_place)
         else:
             shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
         if isinstance(sink, GramOnly):
@@ -242,11 +277,11 @@ class Descent:
             shared = {n: g for n, g in shared.items() if n < len(self.params)} | pulled
         return out | shared
 
-    def shared_numbers(self, known: Mapping[int, int]) -> set[int]:
-        """Return the parameters that are shared, now or by what was seen before."""
-        if self.shared is not None:
-            return self.shared
-        return {number for number, tasks in known.items() if several(tasks)}
+    def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
+        """Return the trunk of one batch, as it is to be gone through."""
+        top = plan.cut if plan.trunk else ()
+        segment = Segment(top, [self.params[number] for number in plan.trunk], retain_graph)
+        return segment._replace(layers=self.engine.layers(segment, len(plan.tasks)))
 
     def _cross(
         self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
@@ -275,16 +310,11 @@ class Descent:
         found = zip(plan.trunk, grads, strict=True)
         return {number: grad for number, grad in found if grad is not None}
 
-    def _group(self, shared: set[int]) -> dict[int, str]:
-        if self.grouped.keys() != shared:
-            self.grouped = assign_groups(self.groups, sorted(shared), self.index)
-        return self.grouped
-
     def _collected(
         self,
         tasks: list[int],
         heads: Heads,
-        sink: Keep | GramOnly,
+        sink: AnySink,
         reached: Mapping[int, int],
         shared: set[int],
         n_batches: int = 1,
@@ -292,13 +322,10 @@ class Descent:
         """Add which tasks reach which group."""
         sets: dict[str, int] = {}
         for number in reached.keys() & shared:
-            group = MODEL if isinstance(sink, GramOnly) else self.grouped[number]
+            one = self.roles.some or isinstance(sink, GramOnly)
+            group = MODEL if one else self.roles.grouped[number]
             sets[group] = sets.get(group, 0) | reached[number]
         position = {task: i for i, task in enumerate(tasks)}
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
         groups = dict(sorted(found.items()))
-        return TaskGradients(tasks, heads, sink, groups, self._eps(shared), n_batches)
-
-    def _eps(self, shared: set[int]) -> float:
-        double = all(self.params[number].dtype == torch.float64 for number in shared)
-        return torch.finfo(torch.float64 if double else torch.float32).eps
+        return TaskGradients(tasks, heads, sink, groups, self.roles.eps(shared), n_batches)

@@ -1,34 +1,53 @@
 """How task gradients are computed: presets that users choose from."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradbal import checks
-from gradbal.crossing import Batch, Segment, factored, find_layers, loop
+from gradbal.crossing import Batch, Layer, Segment, factored, find_layers, loop
 from gradbal.crossing.segment import Crossing
-from gradbal.graph import Plan
+from gradbal.graph import Boundary
+from gradbal.pieces import Piece, split
 
 
 class Engine:
-    """What the presets have in common."""
+    """What the presets have in common.
+
+    Attributes:
+        keeps: Whether the task gradients of the whole trunk are kept until weights are known.
+    """
+
+    keeps: ClassVar[bool] = True
 
     def crossing(self) -> Crossing:
         """Return how cotangents are taken down; called once per optimizer."""
         return loop
 
-    def segment(self, plan: Plan, params: Sequence[Tensor], retain_graph: bool) -> Segment:
-        """Return the trunk of one batch, as it is to be gone through.
+    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+        """Return the layers whose gradients are not to be formed, by position in the segment.
 
         Args:
-            plan: The plan.
-            params: All parameters of the optimizer.
-            retain_graph: Keep the graph.
+            segment: A piece of the graph.
+            n_tasks: Number of tasks that go down.
         """
-        top = plan.cut if plan.trunk else ()
-        return Segment(top, [params[number] for number in plan.trunk], retain_graph)
+        return {}
+
+    def pieces(
+        self, top: Boundary, index: Mapping[int, int], sizes: Mapping[int, int]
+    ) -> list[Piece]:
+        """Return the pieces in which the trunk is gone through.
+
+        Args:
+            top: Where it begins.
+            index: Number of each parameter, by ``id``.
+            sizes: Numbers of entries of the parameters whose gradients are wanted, by number.
+        """
+        return [Piece(top, (), list(sizes))]
 
 
 @dataclass(frozen=True)
@@ -84,9 +103,51 @@ class Factored(Engine):
     def crossing(self) -> Crossing:
         return partial(factored, crossing=loop if self.chunk_size == 1 else Batch(self.chunk_size))
 
-    def segment(self, plan: Plan, params: Sequence[Tensor], retain_graph: bool) -> Segment:
-        segment = super().segment(plan, params, retain_graph)
-        return segment._replace(layers=find_layers(segment, len(plan.tasks)))
+    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+        return find_layers(segment, n_tasks)
+
+
+@dataclass(frozen=True)
+class Streaming(Engine):
+    """As exact as the others, in memory that does not grow with tasks times parameters.
+
+    The trunk is gone through in pieces: the tasks' cotangents cross one piece, its parameters'
+    task gradients meet and are dropped, and the next piece follows. When the weights are known,
+    one more pass goes down. What is held beyond an ordinary pass are the tasks' cotangents at two
+    places of the graph and the task gradients of one piece. For rules that look at inner products
+    only.
+
+    Args:
+        segments: Number of pieces, about; None for pieces of the size of the largest parameter.
+        within: How a piece is gone through: ``Sequential``, ``Batched`` or ``Factored``.
+    """
+
+    segments: int | None = None
+    within: Engine = field(default_factory=Sequential)
+    keeps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.segments is not None:
+            checks.of_type(self, int, segments=self.segments)
+            checks.at_least(self, 1, segments=self.segments)
+        if not isinstance(self.within, Sequential | Batched | Factored):
+            raise TypeError(
+                "Streaming: `within` must be Sequential(), Batched() or Factored(), got "
+                f"{self.within!r}."
+            )
+
+    def crossing(self) -> Crossing:
+        return self.within.crossing()
+
+    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+        return self.within.layers(segment, n_tasks)
+
+    def pieces(
+        self, top: Boundary, index: Mapping[int, int], sizes: Mapping[int, int]
+    ) -> list[Piece]:
+        if self.segments is None:
+            return split(top, index, sizes, max(sizes.values()))
+        return split(top, index, sizes, math.ceil(sum(sizes.values()) / self.segments))
 
 
 @dataclass(frozen=True, init=False)
@@ -108,6 +169,7 @@ class Representation(Engine):
 
     modules: tuple[nn.Module, ...] = field(default=())
     pool: str | None = None
+    keeps: ClassVar[bool] = False
 
     def __init__(self, *modules: nn.Module, pool: str | None = None) -> None:
         for module in modules:
@@ -133,6 +195,7 @@ PRESETS: dict[str, type[Engine]] = {
     "sequential": Sequential,
     "batched": Batched,
     "factored": Factored,
+    "streaming": Streaming,
     "representation": Representation,
 }
 

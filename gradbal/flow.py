@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from gradbal.arguments import OWNER, Options
+from gradbal.blocks import MODEL
 from gradbal.calls import (
     AuxLosses,
     Call,
@@ -18,7 +19,7 @@ from gradbal.calls import (
     replacing_grads,
 )
 from gradbal.core import Core
-from gradbal.decision import MODEL, Decision, Sight, decide, hold, reuse
+from gradbal.decision import Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
@@ -46,7 +47,9 @@ class Flow:
 
     def __init__(self, core: Core, options: Options, descent: Descent) -> None:
         self.core, self.options, self.descent = core, options, descent
-        self.learning = Learning(core, descent.base, options.learned_lr, descent.log.tell_once)
+        self.learning = Learning(
+            core, descent.roles.base, options.learned_lr, descent.log.tell_once
+        )
         self.writer = Writer()
         self.last: StepRecord | None = None
         self.holds = False  # weights, for further evaluations of the losses in a step
@@ -275,8 +278,9 @@ class Flow:
                 "`step()`."
             )
         if count > 1 and not self.holds:
+            base = type(self.descent.roles.base).__name__
             raise RuntimeError(
-                f"{OWNER}: {type(self.descent.base).__name__} evaluates the losses several times "
+                f"{OWNER}: {base} evaluates the losses several times "
                 f"in a step, and {type(self.core.rule).__name__} with these options has no weights "
                 "to hold meanwhile; choose a rule with weights, and one group."
             )

@@ -18,6 +18,7 @@ from gradbal.flow import Flow
 from gradbal.losses import Losses
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
+from gradbal.roles import Roles
 from gradbal.rule import Rule
 from gradbal.several import SeveralOptimizers
 from gradbal.wrapper import WrappedOptimizer
@@ -53,6 +54,10 @@ class MTLOptimizer(WrappedOptimizer):
         process_group: ``"auto"``, or None to let every process decide for itself. Averaging over
             processes is not part of this release; a run with several processes says so.
         seed: Seed of all randomness in the rule.
+        gram_over: Parameters, or modules, over which inner products of task gradients are taken,
+            such as the last shared block; None for all shared ones. The weights then are those of
+            a smaller problem, and the tasks' passes end at the lowest of these; the direction is
+            exact for all parameters.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -81,6 +86,7 @@ class MTLOptimizer(WrappedOptimizer):
         capturable: bool = False,
         process_group: Any = "auto",
         seed: int = 0,
+        gram_over: Parameters | None = None,
     ) -> None:
         if isinstance(optimizer, list | tuple):
             optimizer = SeveralOptimizers(optimizer)
@@ -97,9 +103,11 @@ class MTLOptimizer(WrappedOptimizer):
             capturable,
             process_group,
             seed,
+            gram_over is not None,
         )
         self.options.check(rule, self.engine, optimizer)
         self.shared = None if shared is None else tensors_of(shared)
+        self.gram_over = None if gram_over is None else tensors_of(gram_over)
         learner = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adam"
         self.core = Core(rule, tasks=tasks, learner=learner, seed=seed)
         super().__init__(optimizer)
@@ -256,14 +264,15 @@ class MTLOptimizer(WrappedOptimizer):
 
     def _init_runtime(self) -> None:
         super()._init_runtime()
-        descent = Descent(
+        roles = Roles(
             self.base,
-            self.engine,
             self.shared,
             self.options.groups,
-            norms_only=getattr(self.core.rule, "norms_only", False),
+            self.gram_over,
             everything=getattr(self.core.rule, "probes", False),
         )
+        norms_only = getattr(self.core.rule, "norms_only", False)
+        descent = Descent(roles, self.engine, norms_only=norms_only)
         self._flow = Flow(self.core, self.options, descent)
         self._needs_closure = needs_closure(self.base)
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal.blocks import MODEL
 from gradbal.core import Core
 from gradbal.crossing import Layer
-from gradbal.decision import MODEL, Decision
+from gradbal.decision import Decision
 from gradbal.descent import Descent
 from gradbal.engines import Auto, Representation
 from gradbal.gram import outside_autocast
@@ -147,7 +148,7 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         if edges
         else "Cut: none; the graphs meet in parameters only, or not at all."
     )
-    layers = descent.engine.segment(plan, descent.params, True).layers
+    layers = descent.trunk(plan, retain_graph=True).layers
     products = {plan.trunk[i]: layer for i, layer in layers.items()}
     lines.append(_cost(descent, rule, m, shared, products))
     return "\n".join(lines)

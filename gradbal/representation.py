@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gradbal.graph import Boundary, Place, Plan, mark, several
-from gradbal.sinks import GramOnly
+from gradbal.sinks import Represented
 
 
 class Marker:
@@ -60,9 +60,9 @@ def boundary(plan: Plan) -> Boundary:
     return (*plan.cut, *(edge for edge, *_ in plan.marked if edge not in cut))
 
 
-def gram_only(plan: Plan, n_params: int, *, pool: bool) -> GramOnly:
+def represented(plan: Plan, n_params: int, *, pool: bool) -> Represented:
     """Return a sink whose rows are the gradients at the marked edges, or else at the cut."""
-    sink = GramOnly(len(plan.tasks), len(plan.cut), n_params, pool)
+    sink = Represented(len(plan.tasks), len(plan.cut), n_params, pool)
     position = {edge: i for i, edge in enumerate(boundary(plan))}
     if not plan.marked:
         sink.slots = [[i] for i in position.values()]

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from gradbal.decision import Rows
 from gradbal.heads import Heads
-from gradbal.sinks import GramOnly, Keep
+from gradbal.sinks import GramOnly, Keep, Represented, Streamed
+
+AnySink = Keep | Represented | Streamed
 
 
 @dataclass
@@ -24,7 +26,7 @@ class TaskGradients:
 
     tasks: list[int]
     heads: Heads
-    sink: Keep | GramOnly
+    sink: AnySink
     members: dict[str, list[int]]
     eps: float
     n_batches: int = 1
@@ -39,6 +41,6 @@ class TaskGradients:
         return isinstance(self.sink, GramOnly)
 
     @property
-    def rows(self) -> Rows:
-        """What gives the rows of a group, for elementwise rules."""
-        return self.sink.stacks
+    def rows(self) -> Rows | None:
+        """What gives the rows of a group, for elementwise rules; None if they are gone."""
+        return None if isinstance(self.sink, Streamed) else self.sink.stacks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradbal import MTLOptimizer, aggregate, make_rule
+from gradbal import MTLOptimizer, aggregate, engines, make_rule
 from gradbal.rule import Context, GramRule
 
 Row = list[Tensor | None]
@@ -248,3 +248,32 @@ class Counted:
 
         tensor.register_hook(passed)
         return tensor
+
+
+def same_as_sequential(
+    params: Sequence[Tensor],
+    losses: Callable[[], list[Tensor]],
+    engine: object,
+    tol: float = 1e-10,
+    **options: Any,
+) -> None:
+    """Compare Gram matrices and gradients, and let ``check`` compare the rows."""
+    found = []
+    for chosen in (engines.Sequential(), engine):
+        for p in params:
+            p.grad = None
+        optimizer = wrapped(params, Inverse(), engine=chosen, heads="plain", **options)
+        optimizer.backward(losses())
+        assert optimizer.last is not None
+        strides = [None if p.grad is None or p.grad.is_sparse else p.grad.stride() for p in params]
+        found.append((optimizer.last.grams, grads(params), strides))
+    (wanted, directions, strides), (grams, ours, own_strides) = found
+    assert own_strides == strides
+    assert grams.keys() == wanted.keys()
+    for group in wanted:
+        assert_same([grams[group]], [wanted[group]], tol)
+    assert_same(ours, directions, tol)
+    for p in params:
+        p.grad = None
+    if tol <= 1e-5:
+        assert max(optimizer.check(losses()).values()) <= tol

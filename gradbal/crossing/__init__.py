@@ -9,5 +9,6 @@ from gradbal.crossing.products import product_gram as product_gram
 from gradbal.crossing.segment import Cotangent as Cotangent
 from gradbal.crossing.segment import Cotangents as Cotangents
 from gradbal.crossing.segment import Rows as Rows
+from gradbal.crossing.segment import RowStream as RowStream
 from gradbal.crossing.segment import Segment as Segment
 from gradbal.crossing.vmap import Batch as Batch

@@ -53,13 +53,13 @@ def factored(segment: Segment, cotangents: Cotangents, *, crossing: Crossing) ->
     formed = [i for i in range(len(segment.params)) if i not in layers]
     edges = [edge for layer in layers.values() for edge in layer.edges]
     whole = segment._replace(params=[*(segment.params[i] for i in formed), *edges], layers={})
-    for tasks, found in crossing(whole, cotangents):
+    for tasks, found, below in crossing(whole, cotangents):
         row = dict(zip(formed, found, strict=False))
         outputs: Iterator[Any] = iter(found[len(formed) :])  # no products are among them
         for i, layer in layers.items():
             mine = [next(outputs) for _ in layer.edges]
             row[i] = Product(layer, mine) if any(c is not None for c in mine) else None
-        yield Rows(tasks, [row[i] for i in range(len(segment.params))])
+        yield Rows(tasks, [row[i] for i in range(len(segment.params))], below)
 
 
 def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
@@ -76,7 +76,7 @@ def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
         By position in the segment.
     """
     position = {id(param): i for i, param in enumerate(segment.params)}
-    paths, unknown = _paths(segment.top)
+    paths, unknown = _paths(segment.top, segment.bottom)
     spoiled = {position.get(id(_parameter(leaf))) for leaf in unknown}
     found: dict[int, tuple[Tensor, list[GradientEdge], list[Use]]] = {}
     for node, slot, chain, leaf in paths:
@@ -119,10 +119,11 @@ def _never(size: int, n_tasks: int) -> bool:
     return n_tasks * size * (ENTRY + math.sqrt(n_tasks * size)) < CALLS
 
 
-def _paths(top: Boundary) -> tuple[list[Path], set[Node]]:
+def _paths(top: Boundary, bottom: Boundary) -> tuple[list[Path], set[Node]]:
     """Return the ways from layers to parameters, and the leaves of unknown uses."""
     stack = list({edge.node for edge in top})
-    seen, unknown = set(stack), set(stack)
+    seen = {*stack, *(edge.node for edge in bottom)}
+    unknown = set(stack)
     operands: list[tuple[Node, int, Node]] = []
     while stack:
         node = stack.pop()

@@ -6,15 +6,4 @@ from gradbal.crossing.segment import Cotangents, Rows, RowStream, Segment, pull
 def loop(segment: Segment, cotangents: Cotangents) -> RowStream:
     """Take the cotangents down one task at a time; each is asked for when its turn comes."""
     for task, values, last in cotangents:
-        present = [i for i, value in enumerate(values) if value is not None]
-        yield Rows(
-            task,
-            pull(
-                [segment.top[i] for i in present],
-                segment.params,
-                [values[i] for i in present],
-                retain_graph=segment.retain_graph or not last,
-            )
-            if present
-            else [None] * len(segment.params),
-        )
+        yield Rows(task, *pull(segment, values, retain_graph=segment.retain_graph or not last))

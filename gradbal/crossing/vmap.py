@@ -52,17 +52,22 @@ def _cross(segment: Segment, chunk: Sequence[Cotangent], *, retain_graph: bool) 
     """Take one chunk down; with the graph kept, a failure can be made good."""
     tasks = slice(chunk[0].task, chunk[-1].task + 1)
     values = [stacked(column) for column in zip(*(c.values for c in chunk), strict=True)]
-    tops = [edge for edge, value in zip(segment.top, values, strict=True) if value is not None]
-    if not tops:
-        return Rows(tasks, [None] * len(segment.params))
+    given = [value for value in values if value is not None]
+    if not given:
+        return Rows(tasks, [None] * len(segment.params), [None] * len(segment.bottom))
+    edges = zip(segment.top, values, strict=True)
+    top = tuple(edge for edge, value in edges if value is not None)
     missing: set[int] = set()
 
     def pull_all(*cotangents: Tensor) -> list[Tensor]:
-        grads = pull(tops, segment.params, cotangents, retain_graph=retain_graph)
-        missing.update(i for i, grad in enumerate(grads) if grad is None)
-        return [cotangents[0].new_zeros(()) if grad is None else grad for grad in grads]
+        grads, below = pull(segment._replace(top=top), cotangents, retain_graph=retain_graph)
+        found = [*grads, *below]
+        missing.update(i for i, grad in enumerate(found) if grad is None)
+        return [cotangents[0].new_zeros(()) if grad is None else grad for grad in found]
 
     with warnings.catch_warnings():  # an operation that loops inside is slower, not wrong
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads = torch.func.vmap(pull_all)(*(value for value in values if value is not None))
-    return Rows(tasks, [None if i in missing else grad for i, grad in enumerate(grads)])
+        found = torch.func.vmap(pull_all)(*given)
+    grads = [None if i in missing else grad for i, grad in enumerate(found)]
+    split = len(segment.params)
+    return Rows(tasks, grads[:split], grads[split:])

@@ -17,6 +17,7 @@ from models import (
     fill,
     grads,
     param,
+    same_as_sequential,
     says,
     square,
     wrapped,
@@ -63,35 +64,6 @@ def counted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 @pytest.fixture
 def by_count() -> None:
     """Leave the choice to the count of operations."""
-
-
-def same_as_sequential(
-    params: Sequence[Tensor],
-    losses: Callable[[], list[Tensor]],
-    engine: object,
-    tol: float = 1e-10,
-    **options: Any,
-) -> None:
-    """Compare Gram matrices and gradients, and let ``check`` compare the rows."""
-    found = []
-    for chosen in (engines.Sequential(), engine):
-        for p in params:
-            p.grad = None
-        optimizer = wrapped(params, Inverse(), engine=chosen, heads="plain", **options)
-        optimizer.backward(losses())
-        assert optimizer.last is not None
-        strides = [None if p.grad is None or p.grad.is_sparse else p.grad.stride() for p in params]
-        found.append((optimizer.last.grams, grads(params), strides))
-    (wanted, directions, strides), (grams, ours, own_strides) = found
-    assert own_strides == strides
-    assert grams.keys() == wanted.keys()
-    for group in wanted:
-        assert_same([grams[group]], [wanted[group]], tol)
-    assert_same(ours, directions, tol)
-    for p in params:
-        p.grad = None
-    if tol <= 1e-5:
-        assert max(optimizer.check(losses()).values()) <= tol
 
 
 # ---------------------------------------------------------------------- what is found

@@ -1,0 +1,107 @@
+"""What the parameters are to the tasks: shared, counted, grouped."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
+from gradbal.blocks import BESIDE, MODEL
+from gradbal.graph import several
+
+
+class Roles:
+    """The parameters of an optimizer, numbered in the order of its groups.
+
+    Args:
+        base: Whose parameters count.
+        shared: Those to treat as shared; None to find them.
+        groups: How shared ones are grouped.
+        over: Those over which inner products are taken; None for all shared ones.
+        everything: Treat all as shared.
+
+    Attributes:
+        params: The parameters.
+        index: The number of each, by ``id``.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        shared: Sequence[Tensor] | None,
+        groups: Groups,
+        over: Sequence[Tensor] | None,
+        *,
+        everything: bool,
+    ) -> None:
+        self.base, self.groups, self.everything = base, groups, everything
+        self.params: list[Tensor] = []
+        self.index: dict[int, int] = {}
+        self.grouped: dict[int, str] = {}
+        self._shared: set[int] | None = None
+        self._over: set[int] | None = None
+        self.refresh()
+        if shared is not None and not everything:
+            self._shared = numbers_in(shared, self.index)
+        if over is not None:
+            self._over = numbers_in(over, self.index)
+        assign_groups(groups, (), self.index)  # raises now if a group names strangers
+
+    def refresh(self) -> dict[int, int] | None:
+        """Notice parameters that joined, left or were replaced.
+
+        Returns:
+            The new number of each old parameter that is still there, or None if all stand where
+            they stood.
+        """
+        params = parameter_list(self.base)
+        if list(map(id, params)) == list(map(id, self.params)):
+            return None
+        old, self.params = self.params, params
+        self.index = {id(param): number for number, param in enumerate(params)}
+        self.grouped = {}
+        moved = {n: self.index[id(p)] for n, p in enumerate(old) if id(p) in self.index}
+        if self.everything:
+            self._shared = set(self.index.values())
+        elif self._shared is not None:
+            self._shared = {moved[number] for number in self._shared if number in moved}
+        if self._over is not None:
+            self._over = {moved[number] for number in self._over if number in moved}
+        return moved
+
+    @property
+    def named(self) -> set[int] | None:
+        """The parameters to treat as shared, or None if they are to be found."""
+        return self._shared
+
+    @property
+    def some(self) -> bool:
+        """Whether inner products are taken over some of the shared parameters only."""
+        return self._over is not None
+
+    def shared(self, known: Mapping[int, int]) -> set[int]:
+        """Return the parameters that are shared, now or by what was seen before."""
+        if self._shared is not None:
+            return self._shared
+        return {number for number, tasks in known.items() if several(tasks)}
+
+    def group(self, shared: set[int]) -> dict[int, str]:
+        """Return the group of each shared parameter."""
+        if self.grouped.keys() != shared:
+            self.grouped = assign_groups(self.groups, sorted(shared), self.index)
+            if self._over is not None:
+                self.grouped = {n: MODEL if n in self._over else BESIDE for n in self.grouped}
+        return self.grouped
+
+    def check_counted(self, shared: set[int], reached: Mapping[int, int]) -> None:
+        """Raise if inner products are to be taken over parameters that nothing shares."""
+        if self._over is not None and not self._over & shared & reached.keys():
+            raise RuntimeError(
+                "MTLOptimizer: the losses share none of the parameters in `gram_over`, so there is "
+                "nothing to compare; name modules that several tasks use."
+            )
+
+    def eps(self, shared: set[int]) -> float:
+        """Return the relative rounding error of inner products."""
+        double = all(self.params[number].dtype == torch.float64 for number in shared)
+        return torch.finfo(torch.float64 if double else torch.float32).eps

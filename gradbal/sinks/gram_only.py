@@ -1,0 +1,165 @@
+"""Rows that meet and are not kept: one pass goes down from the cut once weights are known."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradbal.blocks import MODEL
+from gradbal.crossing import Cotangent, Rows, RowStream
+from gradbal.gram import gram_matrix, sparse_gram, stacked
+from gradbal.sinks.apart import summed, weighted
+from gradbal.sinks.keep import Keep
+
+
+@dataclass
+class GramOnly:
+    """Keep the tasks' cotangents at the cut.
+
+    Attributes:
+        n_tasks: How many tasks there are.
+        n_edges: How many edges the cut has; their cotangents come first.
+        first: Number of the first edge, after those of all parameters.
+        held: The cotangents of each task.
+    """
+
+    n_tasks: int
+    n_edges: int
+    first: int
+    held: list[Sequence[Tensor | None]] = field(default_factory=list, kw_only=True)
+
+    def holding(self, cotangents: Iterable[Cotangent]) -> Iterator[Cotangent]:
+        """Keep cotangents as they go by."""
+        for cotangent in cotangents:
+            self.held.append(cotangent.values)
+            yield cotangent
+
+    def direction(self, weights: Tensor) -> dict[int, Tensor]:
+        """Return the weighted sum of the cotangents at each edge of the cut, numbered on."""
+        sums = {self.first + i: weighted(col, weights) for i, col in enumerate(self._columns())}
+        return {number: total for number, total in sums.items() if total is not None}
+
+    def _columns(self) -> list[tuple[Tensor | None, ...]]:
+        """Return the cotangents of each edge of the cut, one per task."""
+        return list(zip(*(values[: self.n_edges] for values in self.held), strict=True))
+
+
+@dataclass
+class Represented(GramOnly):
+    """Let the cotangents meet, at the cut or where modules were named.
+
+    Attributes:
+        pool: Sum rows over the batch axis before they meet (LibMTL's way; no bound is known).
+        slots: Which cotangents form a row, as groups of positions: one group is one piece of the
+            row, and its members are summed, which needs ``pool``.
+        beside: Gradients of shared parameters beside the cut, by parameter and task.
+    """
+
+    pool: bool = False
+    slots: Sequence[Sequence[int]] = ()
+    beside: dict[int, list[Tensor | None]] = field(default_factory=dict)
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Keep the gradients of shared parameters beside the cut."""
+        for number, grad in zip(numbers, rows.grads, strict=True):
+            column = self.beside.setdefault(number, [None] * self.n_tasks)
+            column[rows.tasks] = grad  # type: ignore[index,assignment]  # single tasks, and tensors
+
+    def gram(self, group: str = "", *, scaled: bool = False) -> Tensor:
+        """Return the Gram matrix of the representation's gradients, shape ``[m, m]``, float64."""
+        parts = []
+        for slot in self.slots:
+            rows = [self._row(values, slot) for values in self.held]
+            if (filled := stacked(rows)) is not None:
+                parts.append(gram_matrix(filled, scaled=scaled))
+        if not parts:  # one task alone: there is no cut
+            parts = [
+                sparse_gram(rows)
+                for rows in self.beside.values()
+                if any(r is not None for r in rows)
+            ]
+        return summed(parts)
+
+    def stacks(self, group: str) -> dict[int, Tensor]:
+        """Return the rows of each edge of the cut, numbered on, and of parameters beside it."""
+        found = {self.first + i: stacked(column) for i, column in enumerate(self._columns())}
+        found |= {number: stacked(rows) for number, rows in self.beside.items()}
+        return {number: rows for number, rows in found.items() if rows is not None}
+
+    def like_rows(self, direction: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return a direction found entry by entry as it is."""
+        return dict(direction)
+
+    def direction(self, weights: Tensor) -> dict[int, Tensor]:
+        """Return the weighted sum of the rows, numbered as in ``stacks``."""
+        sums = {number: weighted(rows, weights) for number, rows in self.beside.items()}
+        beside = {number: total for number, total in sums.items() if total is not None}
+        return super().direction(weights) | beside
+
+    def _row(self, values: Sequence[Tensor | None], slot: Sequence[int]) -> Tensor | None:
+        pieces = [value for i in slot if (value := values[i]) is not None]
+        if self.pool:
+            pieces = [piece.sum(dim=0) for piece in pieces]
+        if not pieces:
+            return None
+        total = pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(dim=0)
+        return total.flatten()
+
+
+@dataclass
+class Streamed(GramOnly):
+    """Let the rows of one piece of the trunk after the other meet, and keep none.
+
+    Attributes:
+        params: All parameters of the optimizer.
+        beside: Keeps the rows of shared parameters beside the trunk.
+        piece: Keeps the rows of a piece of the trunk, for as long as it is gone through.
+        grams: The inner products of each piece.
+    """
+
+    params: Sequence[Tensor]
+    beside: Keep
+    piece: Keep
+    grams: list[Tensor] = field(default_factory=list, kw_only=True)
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Keep the gradients of shared parameters beside the trunk."""
+        self.beside.take(numbers, rows)
+
+    def meet(
+        self, numbers: Sequence[int], apart: Iterable[int], rows: RowStream
+    ) -> Iterator[Cotangent]:
+        """Let the rows of a piece meet.
+
+        Args:
+            numbers: Its parameters.
+            apart: Those with sparse gradients, or products.
+            rows: Their gradients, and what arrives at the bottom of the piece.
+
+        Returns:
+            The latter; each goes once it has been asked for.
+        """
+        n = self.n_tasks
+        self.piece.open(self.params, dict.fromkeys(numbers, MODEL), apart, n, n)
+        below: deque[Cotangent] = deque()
+        for found in rows:
+            self.piece.take(numbers, found)
+            at = found.tasks
+            for i, task in enumerate(range(n)[at] if isinstance(at, slice) else [at]):
+                values = [v if v is None or task is at else v[i] for v in found.below]
+                below.append(Cotangent(task, values, task == n - 1))
+        self.piece.close()
+        self.grams.append(self.piece.gram(MODEL, scaled=True))
+        self.piece.sparse.clear()
+        return (below.popleft() for _ in range(n))
+
+    def gram(self, group: str, *, scaled: bool = False) -> Tensor:
+        """Return the Gram matrix, shape ``[m, m]``, float64; always protected, as rows are gone."""
+        return summed([*self.grams, self.beside.gram(group, scaled=True)])
+
+    def direction(self, weights: Tensor) -> dict[int, Tensor]:
+        """Return the weighted sum of the cotangents, and of the rows beside the trunk."""
+        beside = self.beside.direction(lambda group: weights, in_place=False)
+        return super().direction(weights) | beside
