@@ -269,8 +269,8 @@ def numbers_in(parameters: Parameters, index: Mapping[int, int]) -> set[int]:
     numbers = {index[id(tensor)] for tensor in tensors if id(tensor) in index}
     if not numbers:
         raise ValueError(
-            f"{OWNER}: none of the {len(tensors)} parameters named in `shared` or `groups` "
-            "belongs to the base optimizer; name parameters that it was built with."
+            f"{OWNER}: none of the {len(tensors)} parameters named in `shared`, `groups` or "
+            "`gram_over` belongs to the base optimizer; name parameters that it was built with."
         )
     return numbers
 

@@ -3,13 +3,12 @@
 import weakref
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from gradbal import crossing
 from gradbal.aside import Aside
 from gradbal.blocks import BESIDE, MODEL, Workspace
-from gradbal.crossing import Segment
+from gradbal.crossing import Segment, pull
 from gradbal.decision import Decision
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members
@@ -204,8 +203,9 @@ class Descent:
         for top, bottom, numbers in pieces:
             params = [self.params[number] for number in numbers]
             segment = Segment(top, params, retain_graph=True, bottom=bottom)
-            segment = segment._replace(layers=self.engine.layers(segment, m))
-            apart = plan.sparse.union(numbers[i] for i in segment.layers)
+            layers = self.engine.layers(segment, m)
+            segment = segment._replace(layers=layers, hooked=top is plan.cut)
+            apart = plan.sparse.union(numbers[i] for i in layers)
             rows = sink.meet(numbers, apart, self.crossing(segment, rows))
         for _ in rows:
             pass
@@ -296,18 +296,11 @@ class Descent:
         self, plan: Plan, values: Mapping[int, Tensor], retain_graph: bool
     ) -> dict[int, Tensor]:
         """Take one gradient per edge of the cut, numbered on, down through the trunk."""
-        first = len(self.params)
-        pairs = [(edge, values[n]) for n, edge in enumerate(plan.cut, first) if n in values]
-        if not pairs or not plan.trunk:
+        if not plan.trunk:
             return {}
-        grads = torch.autograd.grad(
-            [edge for edge, _ in pairs],
-            [self.params[number] for number in plan.trunk],
-            [value for _, value in pairs],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        found = zip(plan.trunk, grads, strict=True)
+        first, cut = len(self.params), range(len(plan.cut))
+        segment = Segment(plan.cut, [self.params[n] for n in plan.trunk], retain_graph)
+        found = zip(plan.trunk, pull(segment, [values.get(first + i) for i in cut])[0], strict=True)
         return {number: grad for number, grad in found if grad is not None}
 
     def _collected(

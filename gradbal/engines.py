@@ -118,7 +118,8 @@ class Streaming(Engine):
     only.
 
     Args:
-        segments: Number of pieces, about; None for pieces of the size of the largest parameter.
+        segments: Number of pieces, about; None for pieces of up to twice the
+            size of the largest parameter.
         within: How a piece is gone through: ``Sequential``, ``Batched`` or ``Factored``.
     """
 
@@ -146,7 +147,7 @@ class Streaming(Engine):
         self, top: Boundary, index: Mapping[int, int], sizes: Mapping[int, int]
     ) -> list[Piece]:
         if self.segments is None:
-            return split(top, index, sizes, max(sizes.values()))
+            return split(top, index, sizes, 2 * max(sizes.values()))
         return split(top, index, sizes, math.ceil(sum(sizes.values()) / self.segments))
 
 

@@ -215,9 +215,6 @@ class MTLOptimizer(WrappedOptimizer):
     def check(self, losses: Losses) -> dict[str, float]:
         """Verify the engine's task gradients against lone passes; nothing changes.
 
-        A hook on the very tensor where the tasks' graphs meet (``explain`` names it) runs in the
-        passes above and below it; put such a hook on what comes after, or scale the losses.
-
         Args:
             losses: As for ``backward``; their graph is kept.
 

@@ -55,20 +55,15 @@ def split(
     pieces: list[Piece] = []
     params: list[int] = []
     size, left, best = 0, set(sizes), None
-    for node, opened in _sweep(top):
-        number = index.get(id(node.variable), -1) if type(node) is LEAF else -1  # type: ignore[attr-defined]
-        if number in left:
-            if best is not None and size + sizes[number] > limit:
-                pieces.append(Piece(top, best.edges, params[: best.n_params]))
-                top, params, size, best = (
-                    best.edges,
-                    params[best.n_params :],
-                    size - best.size,
-                    None,
-                )
-            params.append(number)
-            size += sizes[number]
-            left.remove(number)
+    for leaves, opened in _sweep(top):
+        done = [n for leaf in leaves if (n := index.get(id(leaf.variable))) in left]
+        more = sum(sizes[number] for number in done)
+        if best is not None and size + more > limit:
+            pieces.append(Piece(top, best.edges, params[: best.n_params]))
+            top, params, size, best = best.edges, params[best.n_params :], size - best.size, None
+        params += done
+        size += more
+        left.difference_update(done)
         if not left:
             break
         if params and _may_end(opened):
@@ -79,11 +74,12 @@ def split(
     return [*pieces, Piece(top, (), params)]
 
 
-def _sweep(top: Boundary) -> Iterator[tuple[Node, Open]]:
+def _sweep(top: Boundary) -> Iterator[tuple[list[Any], Open]]:
     """Visit each node after all nodes that use it, the last one recorded first.
 
     Yields:
-        The node, and the edges between what has been visited and the rest.
+        The leaves of which no more uses follow, and the edges from what has been visited to the
+        rest.
     """
     opened: Open = {}
     for edge in top:
@@ -103,13 +99,18 @@ def _sweep(top: Boundary) -> Iterator[tuple[Node, Open]]:
     while ready:
         *_, node = heapq.heappop(ready)
         opened.pop(node)
+        leaves = []
         for child, output in node.next_functions:
-            if child is not None:
-                opened.setdefault(child, set()).add(output)
-                users[child] -= 1
-                if not users[child]:
-                    heapq.heappush(ready, (-child._sequence_nr(), next(turn), child))
-        yield node, opened
+            if child is None:
+                continue
+            opened.setdefault(child, set()).add(output)
+            users[child] -= 1
+            if not users[child] and type(child) is LEAF:
+                opened.pop(child)
+                leaves.append(child)
+            elif not users[child]:
+                heapq.heappush(ready, (-child._sequence_nr(), next(turn), child))
+        yield leaves, opened
 
 
 def _may_end(opened: Open) -> bool:

@@ -83,7 +83,7 @@ def _eps(batch: Batch) -> float:
 def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[int, Tensor]]:
     """Return the task gradients as the engine computes them, by parameter and task."""
     plan = descent.plan(batch, core.sets)
-    if not isinstance(descent.engine, Representation):
+    if descent.engine.keeps and not descent.roles.some:
         return descent.rows(plan, batch, None, retain_graph=True)
     known = dict(plan.reached)
     gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)

@@ -49,13 +49,13 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"shared": nn.Linear(1, 1)},
         ValueError,
-        "none of the 2 parameters named in `shared` or `groups` belongs to the base optimizer; "
+        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to the base optimizer; "
         "name parameters that it was built with.",
     ),
     (
         {"groups": {"a": nn.Linear(1, 1)}},
         ValueError,
-        "none of the 2 parameters named in `shared` or `groups` belongs to the base optimizer; "
+        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to the base optimizer; "
         "name parameters that it was built with.",
     ),
     (
@@ -112,7 +112,7 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"groups": "tensor", "engine": "representation"},
         ValueError,
-        "a representation gives one Gram matrix, so `groups` needs another engine, such as "
+        "Representation gives one Gram matrix, so `groups` needs another engine, such as "
         "Sequential.",
     ),
     (

@@ -11,4 +11,5 @@ from gradbal.crossing.segment import Cotangents as Cotangents
 from gradbal.crossing.segment import Rows as Rows
 from gradbal.crossing.segment import RowStream as RowStream
 from gradbal.crossing.segment import Segment as Segment
+from gradbal.crossing.segment import pull as pull
 from gradbal.crossing.vmap import Batch as Batch

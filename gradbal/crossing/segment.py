@@ -24,6 +24,7 @@ class Segment(NamedTuple):
         retain_graph: Whether the graph must survive the last task, too.
         layers: Tensors whose gradients need not be formed, by position.
         bottom: Edges at which it ends.
+        hooked: Whether what arrives at the top has been through the hooks on the tensors there.
     """
 
     top: Boundary
@@ -31,6 +32,7 @@ class Segment(NamedTuple):
     retain_graph: bool
     layers: Mapping[int, Layer] = MappingProxyType({})
     bottom: Boundary = ()
+    hooked: bool = True
 
 
 class Cotangent(NamedTuple):
@@ -67,14 +69,32 @@ RowStream = Iterator[Rows]
 Crossing = Callable[[Segment, Cotangents], RowStream]
 
 
+class Pulled(NamedTuple):
+    """What a pass brought down.
+
+    Attributes:
+        grads: The gradients of the parameters.
+        below: What arrives at the bottom.
+        guarded: Whether hooks at the top would have been applied twice.
+    """
+
+    grads: list[Tensor | None]
+    below: list[Tensor | None]
+    guarded: bool = False
+
+
 def pull(
-    segment: Segment, cotangents: Sequence[Tensor | None], *, retain_graph: bool
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    segment: Segment,
+    cotangents: Sequence[Tensor | None],
+    *,
+    last: bool = True,
+    guard: bool = True,
+) -> Pulled:
     """Take cotangents down to parameters and to the bottom, as ``torch.autograd.grad`` does.
 
     At the bottom the pass ends, wherever it lies: what arrives from above is returned as it is,
-    and nothing goes on below, though one edge of the bottom may lead to another. To go on from
-    there is what an ordinary pass would have done: hooks on tensors there run then, once.
+    and nothing goes on below, though one edge of the bottom may lead to another. Hooks on tensors
+    there wait for the pass that goes on; what they do where it has been done above is undone.
 
     What is returned for an edge among the parameters, on the other hand, has been through the
     hooks on the tensor there; ``torch.autograd.grad`` leaves these out where it goes on below.
@@ -82,37 +102,46 @@ def pull(
     Args:
         segment: A piece of the graph.
         cotangents: One per edge of the top; None where nothing arrives.
-        retain_graph: Keep the graph.
-
-    Returns:
-        The gradients of the parameters, and what arrives at the bottom.
+        last: Whether the graph may go; it stays if the segment says so, or has a bottom.
+        guard: Whether there may be hooks at the top.
     """
     params, bottom = segment.params, segment.bottom
-    present = [i for i, value in enumerate(cotangents) if value is not None]
-    if not present:
-        return [None] * len(params), [None] * len(bottom)
+    top = [(e, c) for e, c in zip(segment.top, cotangents, strict=True) if c is not None]
+    if not top:
+        return Pulled([None] * len(params), [None] * len(bottom))
     caught: dict[int, Tensor | None] = {}
+    undone: set[int] = set()
 
     def catch(i: int, grads: Sequence[Tensor | None]) -> None:
         caught[i] = grads[params[i].output_nr]  # comes after the hooks on the tensor
 
+    def undo(i: int, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+        edge, given = top[i]
+        if grads[edge.output_nr] is given:
+            return None
+        undone.add(i)
+        return (*grads[: edge.output_nr], given, *grads[edge.output_nr + 1 :])
+
     edges = [(i, edge) for i, edge in enumerate(params) if isinstance(edge, GradientEdge)]
     hooks = [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
+    for i, (edge, _) in enumerate(top):
+        if guard and (segment.hooked or isinstance(edge.node, BackwardCFunction)):
+            hooks.append(edge.node.register_prehook(partial(undo, i)))
     ends = {edge.node: below for edge in bottom if (below := _below(edge.node)) is not None}
     hooks += [node.register_prehook(_stop) for node in ends]
     try:
         grads = torch.autograd.grad(
-            [segment.top[i] for i in present],
+            [edge for edge, _ in top],
             [*params, *bottom, *ends.values()],
-            [cotangents[i] for i in present],
-            retain_graph=retain_graph or bool(ends),
+            [cotangent for _, cotangent in top],
+            retain_graph=segment.retain_graph or not last or bool(ends),
             allow_unused=True,
         )
     finally:
         for hook in hooks:
             hook.remove()
-    first, last = len(params), len(params) + len(bottom)
-    return [caught.get(i, grad) for i, grad in enumerate(grads[:first])], [*grads[first:last]]
+    n, found = len(params), dict(enumerate(grads)) | caught
+    return Pulled([found[i] for i in range(n)], [*grads[n : n + len(bottom)]], bool(undone))
 
 
 def _stop(grads: Sequence[Tensor | None]) -> tuple[None, ...]:

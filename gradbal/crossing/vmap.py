@@ -34,7 +34,7 @@ class Batch:
         while not self.refused and (chunk := list(itertools.islice(queue, self.chunk_size))):
             free = self.proven and chunk[-1].last and not segment.retain_graph
             try:
-                rows = _cross(segment, chunk, retain_graph=not free)
+                rows = _cross(segment, chunk, last=free)
             except (RuntimeError, NotImplementedError) as error:
                 if free:
                     raise
@@ -48,7 +48,7 @@ class Batch:
         yield from loop(segment, queue)
 
 
-def _cross(segment: Segment, chunk: Sequence[Cotangent], *, retain_graph: bool) -> Rows:
+def _cross(segment: Segment, chunk: Sequence[Cotangent], *, last: bool) -> Rows:
     """Take one chunk down; with the graph kept, a failure can be made good."""
     tasks = slice(chunk[0].task, chunk[-1].task + 1)
     values = [stacked(column) for column in zip(*(c.values for c in chunk), strict=True)]
@@ -60,7 +60,7 @@ def _cross(segment: Segment, chunk: Sequence[Cotangent], *, retain_graph: bool) 
     missing: set[int] = set()
 
     def pull_all(*cotangents: Tensor) -> list[Tensor]:
-        grads, below = pull(segment._replace(top=top), cotangents, retain_graph=retain_graph)
+        grads, below, _ = pull(segment._replace(top=top), cotangents, last=last)
         found = [*grads, *below]
         missing.update(i for i, grad in enumerate(found) if grad is None)
         return [cotangents[0].new_zeros(()) if grad is None else grad for grad in found]

@@ -10,7 +10,6 @@ from graph_cases import CASES
 from layer_cases import ODD
 from models import (
     Counted,
-    Inverse,
     Toy,
     assert_same,
     data,
