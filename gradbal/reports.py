@@ -86,10 +86,10 @@ def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[i
     if descent.engine.keeps and not descent.roles.some:
         return descent.rows(plan, batch, None, retain_graph=True)
     known = dict(plan.reached)
-    gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)
     rows: dict[int, dict[int, Tensor]] = {}
     for task, weights in zip(batch.tasks, torch.eye(len(batch.tasks)), strict=True):
         decision = Decision({MODEL: weights})
+        gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)
         alone = descent.direction(plan, gathered, decision, retain_graph=True)
         for number, grad in alone.items():
             if plan.reached[number] >> task & 1:

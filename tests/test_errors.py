@@ -49,20 +49,20 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"shared": nn.Linear(1, 1)},
         ValueError,
-        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to the base optimizer; "
-        "name parameters that it was built with.",
+        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to "
+        "the base optimizer; name parameters that it was built with.",
     ),
     (
         {"groups": {"a": nn.Linear(1, 1)}},
         ValueError,
-        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to the base optimizer; "
-        "name parameters that it was built with.",
+        "none of the 2 parameters named in `shared`, `groups` or `gram_over` belongs to "
+        "the base optimizer; name parameters that it was built with.",
     ),
     (
         {"engine": "vmap"},
         ValueError,
-        "`engine` must be one of 'auto', 'sequential', 'batched', 'factored', 'representation', "
-        "got 'vmap'.",
+        "`engine` must be one of 'auto', 'sequential', 'batched', 'factored', 'streaming', "
+        "'representation', got 'vmap'.",
     ),
     ({"engine": 3}, TypeError, "`engine` must be a name or one of gradbal.engines, got 3."),
     (
