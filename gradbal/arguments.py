@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbal import checks
-from gradbal.engines import Engine, Representation
+from gradbal.engines import Engine, Representation, Sketched
 from gradbal.policy import Policy
 from gradbal.rule import GradientRule, GramRule, LossRule, Rule
 from gradbal.wrapper import WrappedOptimizer
@@ -63,6 +63,11 @@ class Options:
                 f"{self.on_nonfinite!r} cannot be; leave it out."
             )
         self._check_rule(rule, engine)
+        if self.capturable and isinstance(engine, Sketched):
+            raise ValueError(
+                f"{OWNER}: Sketched draws anew in each step, which a captured one cannot; leave "
+                "`capturable` out or choose another engine, such as Factored."
+            )
         if self.capturable and getattr(rule, "solver", None) == "cvxpy":
             raise ValueError(
                 f'{OWNER}: solver="cvxpy" runs on the host, so it cannot be captured; leave '

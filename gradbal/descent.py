@@ -35,7 +35,7 @@ class Descent:
         self.roles, self.engine = roles, engine
         self.crossing = engine.crossing()
         self.keep, self.workspace = Keep(), Workspace()
-        self.log = Log()
+        self.log, self.seed = Log(), 0
         self.walked = self.hidden = self.foreign = False
         modules = engine.modules if isinstance(engine, Representation) else ()
         self.n_modules = len(modules)
@@ -202,8 +202,8 @@ class Descent:
         pieces = self.engine.pieces(plan.cut, self.roles.index, sizes) if sizes else []
         for top, bottom, numbers in pieces:
             params = [self.params[number] for number in numbers]
-            segment = Segment(top, params, retain_graph=True, bottom=bottom)
-            layers = self.engine.layers(segment, m)
+            segment = Segment(top, params, True, bottom=bottom, numbers=numbers)
+            layers = self.engine.layers(segment, m, self.seed)
             segment = segment._replace(layers=layers, hooked=top is plan.cut)
             apart = plan.sparse.union(numbers[i] for i in layers)
             rows = sink.meet(numbers, apart, self.crossing(segment, rows))
@@ -280,8 +280,10 @@ class Descent:
     def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
         """Return the trunk of one batch, as it is to be gone through."""
         top = plan.cut if plan.trunk else ()
-        segment = Segment(top, [self.params[number] for number in plan.trunk], retain_graph)
-        return segment._replace(layers=self.engine.layers(segment, len(plan.tasks)))
+        params = [self.params[number] for number in plan.trunk]
+        segment = Segment(top, params, retain_graph, numbers=plan.trunk)
+        layers = self.engine.layers(segment, len(plan.tasks), self.seed)
+        return segment._replace(layers=layers)
 
     def _cross(
         self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink

@@ -9,10 +9,11 @@ from typing import ClassVar
 from torch import nn
 
 from gradbal import checks
-from gradbal.crossing import Batch, Layer, Segment, factored, find_layers, loop
+from gradbal.crossing import Batch, Layer, Segment, Sketch, factored, find_layers, loop
 from gradbal.crossing.segment import Crossing
 from gradbal.graph import Boundary
 from gradbal.pieces import Piece, split
+from gradbal.rule import mix
 
 
 class Engine:
@@ -28,12 +29,13 @@ class Engine:
         """Return how cotangents are taken down; called once per optimizer."""
         return loop
 
-    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+    def layers(self, segment: Segment, n_tasks: int, seed: int) -> Mapping[int, Layer]:
         """Return the layers whose gradients are not to be formed, by position in the segment.
 
         Args:
             segment: A piece of the graph.
             n_tasks: Number of tasks that go down.
+            seed: Of what is drawn in this step.
         """
         return {}
 
@@ -103,8 +105,37 @@ class Factored(Engine):
     def crossing(self) -> Crossing:
         return partial(factored, crossing=loop if self.chunk_size == 1 else Batch(self.chunk_size))
 
-    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+    def layers(self, segment: Segment, n_tasks: int, seed: int) -> Mapping[int, Layer]:
         return find_layers(segment, n_tasks)
+
+
+@dataclass(frozen=True)
+class Sketched(Factored):
+    r"""As ``Factored``, with inner products that are right on average only.
+
+    Of a large layer's task gradient :math:`G_k^\top X` the rule sees :math:`G_k^\top X S`, with
+    random signs S, drawn anew in every step, that keep inner products on average: for
+    :math:`E[S S^\top] = I` they have no bias, and a spread of about
+    :math:`\sqrt{2 / \text{size}}` of the product of the norms at worst, for one layer alone
+    (Johnson and Lindenstrauss, 1984; signs: Achlioptas, PODS 2001). So a task's pass costs little
+    more than the gradients of the layers' outputs. Weights are those of a rule that sees noise;
+    the direction is exactly their combination of the task gradients.
+
+    Args:
+        chunk_size: As for ``Factored``.
+        size: Number of columns of S.
+    """
+
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.of_type(self, int, size=self.size)
+        checks.at_least(self, 1, size=self.size)
+
+    def layers(self, segment: Segment, n_tasks: int, seed: int) -> Mapping[int, Layer]:
+        seeds = [mix(seed, number) for number in segment.numbers]
+        return find_layers(segment, n_tasks, lambda i: Sketch(self.size, seeds[i]))
 
 
 @dataclass(frozen=True)
@@ -140,8 +171,8 @@ class Streaming(Engine):
     def crossing(self) -> Crossing:
         return self.within.crossing()
 
-    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
-        return self.within.layers(segment, n_tasks)
+    def layers(self, segment: Segment, n_tasks: int, seed: int) -> Mapping[int, Layer]:
+        return self.within.layers(segment, n_tasks, seed)
 
     def pieces(
         self, top: Boundary, index: Mapping[int, int], sizes: Mapping[int, int]
@@ -197,6 +228,7 @@ PRESETS: dict[str, type[Engine]] = {
     "batched": Batched,
     "factored": Factored,
     "streaming": Streaming,
+    "sketched": Sketched,
     "representation": Representation,
 }
 

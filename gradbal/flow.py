@@ -29,7 +29,7 @@ from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
 from gradbal.probe import probe
 from gradbal.record import StepRecord
-from gradbal.rule import Closure, LossRule
+from gradbal.rule import Closure, LossRule, mix
 from gradbal.survey import Survey, survey_losses
 
 
@@ -228,6 +228,7 @@ class Flow:
     def read(self, losses: Losses) -> Batch:
         """Bring the losses into one form and give each task its number."""
         self.options.check_processes()
+        self.descent.seed = mix(self.core.seed, self.core.solved)
         moved = self.descent.refresh()
         if moved is not None:
             self.core.renumber(moved)

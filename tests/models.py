@@ -234,6 +234,25 @@ class Inverse(GramRule):
         return 1 / (1 + gram.diagonal().sqrt())
 
 
+class Deep(nn.Module):
+    """A trunk of equal layers with skips, so that some places to cut are wide and some narrow."""
+
+    def __init__(self, depth: int, width: int = 8, n_tasks: int = 3, batch: int = 2) -> None:
+        super().__init__()
+        self.batch = batch
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2 * depth))
+        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(n_tasks))
+        with torch.no_grad():
+            for i, parameter in enumerate(self.double().parameters()):
+                parameter.copy_(data(*parameter.shape, seed=i) / width**0.5)
+
+    def losses(self) -> list[Tensor]:
+        z = data(self.batch, self.layers[0].in_features)
+        for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
+            z = z + second(first(z).tanh())
+        return [square(head(z) - k) for k, head in enumerate(self.heads)]
+
+
 class Counted:
     """Count how often gradients pass a tensor."""
 

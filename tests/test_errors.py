@@ -62,7 +62,7 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"engine": "vmap"},
         ValueError,
         "`engine` must be one of 'auto', 'sequential', 'batched', 'factored', 'streaming', "
-        "'representation', got 'vmap'.",
+        "'sketched', 'representation', got 'vmap'.",
     ),
     ({"engine": 3}, TypeError, "`engine` must be a name or one of gradbal.engines, got 3."),
     (

@@ -3,6 +3,7 @@
 from gradbal.crossing.factored import factored as factored
 from gradbal.crossing.factored import find_layers as find_layers
 from gradbal.crossing.layers import Layer as Layer
+from gradbal.crossing.layers import Sketch as Sketch
 from gradbal.crossing.loop import loop as loop
 from gradbal.crossing.products import Product as Product
 from gradbal.crossing.products import product_gram as product_gram

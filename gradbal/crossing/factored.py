@@ -1,14 +1,14 @@
 """Cotangents at the outputs of layers instead of the gradients of their weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.crossing.layers import Convolution, Layer, Lookup, Matmul, Use
+from gradbal.crossing.layers import Convolution, Layer, Lookup, Matmul, Outer, Sketch, Use
 from gradbal.crossing.products import Product
 from gradbal.crossing.segment import Cotangents, Crossing, Rows, RowStream, Segment
 from gradbal.graph import LEAF, Boundary
@@ -62,7 +62,9 @@ def factored(segment: Segment, cotangents: Cotangents, *, crossing: Crossing) ->
         yield Rows(tasks, [row[i] for i in range(len(segment.params))], below)
 
 
-def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
+def find_layers(
+    segment: Segment, n_tasks: int, sketch: Callable[[int], Sketch] | None = None
+) -> dict[int, Layer]:
     """Find the parameters whose gradients are better left as products.
 
     Every use of such a parameter in the segment is one that is known here. Tensors that were
@@ -71,6 +73,7 @@ def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
     Args:
         segment: A piece of the graph.
         n_tasks: Number of tasks that go down.
+        sketch: Gives the projection for a parameter, by position; None to be exact.
 
     Returns:
         By position in the segment.
@@ -82,7 +85,7 @@ def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
     for node, slot, chain, leaf in paths:
         param = _parameter(leaf)
         i = position.get(id(param))
-        if i is None or i in spoiled or _never(param.numel(), n_tasks):
+        if i is None or i in spoiled or (sketch is None and _never(param.numel(), n_tasks)):
             continue
         _, edges, uses = found.setdefault(i, (param.detach(), [], []))
         use = None if param._backward_hooks else _read(node, slot, chain, param.shape)
@@ -91,24 +94,37 @@ def find_layers(segment: Segment, n_tasks: int) -> dict[int, Layer]:
         else:
             edges.append(GradientEdge(node, 0))
             uses.append(use)
-    return {
-        i: Layer(param, tuple(edges), uses)
-        for i, (param, edges, uses) in found.items()
-        if i not in spoiled and worthwhile(uses, n_tasks)
-    }
+    layers = {}
+    for i, (param, edges, uses) in found.items():
+        small = None if sketch is None or not _shrinks(uses, sketch(i).size) else sketch(i)
+        if i not in spoiled and worthwhile(uses, n_tasks, None if small is None else small.size):
+            layers[i] = Layer(param, tuple(edges), uses, small)
+    return layers
 
 
-def worthwhile(uses: Sequence[Use], n_tasks: int) -> bool:
-    """Say whether products cost less than to form gradients and to keep them."""
+def worthwhile(uses: Sequence[Use], n_tasks: int, size: int | None = None) -> bool:
+    """Say whether products cost less than to form gradients and to keep them.
+
+    Args:
+        uses: All uses of a parameter.
+        n_tasks: Number of tasks.
+        size: Number of dimensions of a sketch; None for exact inner products.
+    """
     members, _, a, b = uses[0].sizes
     m, rows = n_tasks, sum(use.sizes.rows for use in uses)
     if isinstance(uses[0], Lookup):
         return m * rows < (m - 1) * b
     formed = m * a * b * (rows + ENTRY)
-    root = DOUBLE * rows * rows * (b + rows)
-    gram = m * rows * a * (rows + m + ENTRY)
+    root = DOUBLE * rows * rows * (b + rows) if size is None else rows * b * size
+    narrow = rows if size is None else size  # rows of what stands for the inputs
+    gram = m * a * (narrow * (rows + m) + rows * ENTRY)
     direction = rows * a * b
     return members * (root + gram + direction) + CALLS < members * formed
+
+
+def _shrinks(uses: Sequence[Use], size: int) -> bool:
+    """Say whether a sketch has fewer rows than the layer has seen."""
+    return isinstance(uses[0], Outer) and size < sum(use.sizes.rows for use in uses)
 
 
 def _never(size: int, n_tasks: int) -> bool:

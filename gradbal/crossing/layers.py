@@ -12,6 +12,28 @@ from torch.nn import functional as F
 
 from gradbal.graph import Boundary
 
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A random projection that keeps inner products on average.
+
+    Attributes:
+        size: Number of dimensions that are left.
+        seed: Of the draw.
+    """
+
+    size: int
+    seed: int
+
+    def matrix(self, n_inputs: int, like: Tensor) -> Tensor:
+        r"""Return S, shape ``[n_inputs, size]``, with :math:`E[S S^\top] = I`: signs, scaled."""
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        shape = n_inputs, self.size
+        signs = torch.randint(2, shape, generator=generator, device=like.device) * 2 - 1
+        return torch.mul(signs.to(like), self.size**-0.5)
+
 
 class Sizes(NamedTuple):
     """Of the task's factor, ``[members, rows, a]``, and the saved one, ``[members, rows, b]``."""
@@ -60,6 +82,11 @@ class Outer(Use):
     @abstractmethod
     def inputs(self) -> Tensor:
         """Return X."""
+
+    def projected(self, matrix: Tensor) -> Tensor:
+        """Return X times a matrix with ``b`` rows."""
+        inputs = self.inputs()
+        return inputs @ matrix.to(inputs)
 
     @abstractmethod
     def weight(self, product: Tensor) -> Tensor:
@@ -145,6 +172,20 @@ class Convolution(Outer):
     def weight(self, product: Tensor) -> Tensor:
         return (product.mT if self.transposed else product).reshape(self.shape)
 
+    def projected(self, matrix: Tensor) -> Tensor:
+        if self.transposed:
+            return super().projected(matrix)
+        kernels = (
+            matrix.T.to(self.saved)
+            .reshape(-1, *self.shape[1:])
+            .repeat(self.groups, *[1] * (self.saved.ndim - 1))
+        )
+        image = F.pad(self.saved, self._margins())
+        conv = CONVOLUTIONS[len(self.places)]
+        return self._values(
+            conv(image, kernels, stride=self.stride, dilation=self.dilation, groups=self.groups)
+        )
+
     def _values(self, image: Tensor) -> Tensor:
         """Lay out what has one value per window, ``[groups, rows, channels]``."""
         grouped = image.reshape(len(image), self.groups, -1, math.prod(self.places))
@@ -152,7 +193,7 @@ class Convolution(Outer):
 
     def _windows(self, image: Tensor) -> Tensor:
         """Lay out the windows of an image, ``[groups, rows, channels * places in a window]``."""
-        image = F.pad(image, [p for p in reversed(self.padding) for _ in range(2)])
+        image = F.pad(image, self._margins())
         n_samples, n_channels = image.shape[:2]
         sample, channel, *steps = image.stride()
         group = n_channels // self.groups
@@ -163,6 +204,9 @@ class Convolution(Outer):
         dims = len(self.places)
         order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         return windows.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
+
+    def _margins(self) -> list[int]:
+        return [p for p in reversed(self.padding) for _ in range(2)]
 
 
 class Lookup(Use):
@@ -196,11 +240,13 @@ class Layer:
         param: The parameter.
         edges: The outputs of its uses.
         uses: Its uses, which go together.
+        sketch: A random projection of X for inner products; None for exact ones.
     """
 
     param: Tensor
     edges: Boundary
     uses: Sequence[Use]
+    sketch: Sketch | None = None
 
     def gradient(self, cotangents: Sequence[Tensor | None]) -> Tensor:
         """Form the gradient for cotangents at the outputs, of which one at least is there."""

@@ -39,7 +39,8 @@ def product_gram(rows: Sequence[Product | None], *, scaled: bool = False) -> Ten
     With :math:`X X^\top = L L^\top` they are those of :math:`L^\top G_k`, which has as many rows
     as the layer has seen, however wide its input. In float64 they are
     :math:`\langle G_i, X X^\top G_j \rangle` without detour: what cancels between samples in a
-    gradient cancels there to the square, for which narrower numbers have too few digits.
+    gradient cancels there to the square, for which narrower numbers have too few digits. With a
+    sketch S of the layer they are those of :math:`G_k^\top X S`, which is right on average.
 
     Args:
         rows: One per task; None counts as zero. Their uses go together.
@@ -55,7 +56,13 @@ def product_gram(rows: Sequence[Product | None], *, scaled: bool = False) -> Ten
     if looked_up:
         summed = _by_index(torch.cat(looked_up), factors, uses[0].sizes.b)
         return gram_matrix(summed.flatten(1), scaled=scaled)
-    inputs = [use.inputs().double() for use in uses if isinstance(use, Outer)]
+    outer, sketch = [use for use in uses if isinstance(use, Outer)], next(iter(layers)).sketch
+    if sketch is not None:
+        matrix = sketch.matrix(outer[0].sizes.b, factors)
+        parts = [use.projected(matrix).to(factors) for use in outer]
+        small = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return gram_matrix((small.mT @ factors).flatten(1), scaled=scaled)
+    inputs = [use.inputs().double() for use in outer]
     whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
     square = whole @ whole.mT
     if factors.dtype == torch.float64:

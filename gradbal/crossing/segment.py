@@ -25,6 +25,7 @@ class Segment(NamedTuple):
         layers: Tensors whose gradients need not be formed, by position.
         bottom: Edges at which it ends.
         hooked: Whether what arrives at the top has been through the hooks on the tensors there.
+        numbers: Of the parameters, among all of the optimizer.
     """
 
     top: Boundary
@@ -33,6 +34,7 @@ class Segment(NamedTuple):
     layers: Mapping[int, Layer] = MappingProxyType({})
     bottom: Boundary = ()
     hooked: bool = True
+    numbers: Sequence[int] = ()
 
 
 class Cotangent(NamedTuple):

@@ -55,7 +55,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
     monkeypatch.setattr(engines, "find_layers", finding)
     if "by_count" not in request.fixturenames:
-        monkeypatch.setattr(FINDER, "worthwhile", lambda uses, n_tasks: True)
+        monkeypatch.setattr(FINDER, "worthwhile", lambda uses, n_tasks, size=None: True)
         monkeypatch.setattr(FINDER, "CALLS", 0)
     return counts
 

@@ -9,6 +9,7 @@ import torch
 from graph_cases import CASES
 from models import (
     Counted,
+    Deep,
     Toy,
     assert_same,
     data,
@@ -97,24 +98,6 @@ def test_random_graphs(seed: int, engine: engines.Engine) -> None:
 
 
 # ---------------------------------------------------------------------- pieces
-
-
-class Deep(nn.Module):
-    """A trunk of equal layers with skips, so that some places to cut are wide and some narrow."""
-
-    def __init__(self, depth: int, width: int = 8, n_tasks: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2 * depth))
-        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(n_tasks))
-        with torch.no_grad():
-            for i, parameter in enumerate(self.double().parameters()):
-                parameter.copy_(data(*parameter.shape, seed=i) / width**0.5)
-
-    def losses(self) -> list[Tensor]:
-        z = data(2, self.layers[0].in_features)
-        for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
-            z = z + second(first(z).tanh())
-        return [square(head(z) - k) for k, head in enumerate(self.heads)]
 
 
 @pytest.mark.parametrize(("engine", "count"), [(engines.Streaming(), 8), (engines.Streaming(2), 2)])
