@@ -172,6 +172,22 @@ class Convolution(Outer):
     def weight(self, product: Tensor) -> Tensor:
         return (product.mT if self.transposed else product).reshape(self.shape)
 
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            cotangent,
+            self.saved.to(cotangent.dtype),
+            cotangent.new_empty(self.shape),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.stride,
+            self.groups,
+            (False, True, False),
+        )[1]
+        return gradient
+
     def projected(self, matrix: Tensor) -> Tensor:
         if self.transposed:
             return super().projected(matrix)
