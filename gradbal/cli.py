@@ -12,14 +12,19 @@ from torch import Tensor
 
 from gradbal import __version__
 from gradbal.aggregation import aggregate
+from gradbal.bench.report import Report
+from gradbal.bench.rules import further, rule_times
+from gradbal.bench.steps import Target
 from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
 from gradbal.demo.settings import Settings
+from gradbal.engines import PRESETS, make_engine
 from gradbal.registry import RULES, Entry, make_rule
 from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
 
 Rows = Sequence[tuple[str, ...]]
 JACOBIAN = [[4.0, 0.0, 1.0, 0.0], [-1.0, 2.0, 0.0, 0.5], [-1.0, -3.0, 0.5, 1.0]]  # all conflict
+BENCH_SECONDS = 2.0  # for each rule with each engine
 SEEDS = 4  # tried to find out whether a rule draws random numbers
 
 
@@ -37,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names with accents, on terminals without
-    parser, demo = _parsers()
+    parser, demo, bench = _parsers()
     given = parser.parse_args(argv)
     if given.command == "list":
         rows = claim_rows() if given.claims else rule_rows()
         print(markdown_table(rows) if given.markdown else plain_table(rows))
     elif given.command == "demo":
         _demo(demo, given)
+    elif given.command == "bench":
+        _bench(bench, given)
     else:
         parser.print_help()
     return 0
@@ -56,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
 
 
-def _parsers() -> tuple[_Parser, _Parser]:
+def _parsers() -> tuple[_Parser, _Parser, _Parser]:
     parser = _Parser(prog="gradbal", description="Gradient balancing for several losses.")
     parser.add_argument("--version", action="version", version=f"gradbal {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -76,16 +83,36 @@ def _parsers() -> tuple[_Parser, _Parser]:
     demo.add_argument(
         "--out", type=Path, default=default.out, help="folder for two pictures (%(default)s)"
     )
-    return parser, demo
+    return parser, demo, _bench_parser(commands)
+
+
+def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
+    bench = commands.add_parser(
+        "bench",
+        help="time the rules, or rules and engines on a model of yours",
+        description="Time the rules on random task gradients, or, given a function that returns a "
+        "model and a function of its losses, a whole step with each rule and engine.",
+    )
+    bench.add_argument(
+        "target",
+        nargs="?",
+        metavar="module:function",
+        help="returns (model, losses_fn), or adds an optimizer",
+    )
+    bench.add_argument("--rules", help="names with commas between (all; with a function: upgrad)")
+    bench.add_argument("--engines", default=",".join(PRESETS), help="(%(default)s)")
+    bench.add_argument(
+        "--tasks", type=int, nargs="+", default=(2, 3, 8, 16), help="numbers, without a function"
+    )
+    return bench
 
 
 def _demo(parser: _Parser, given: argparse.Namespace) -> None:
     from gradbal.demo import run
 
-    names = [name.strip() for name in given.rules.split(",")]
     try:
         settings = Settings(
-            rules=tuple(name for name in names if name),
+            rules=tuple(_names(given.rules)),
             arch=given.arch,
             epochs=given.epochs,
             seed=given.seed,
@@ -98,6 +125,25 @@ def _demo(parser: _Parser, given: argparse.Namespace) -> None:
     report = run(settings)
     print(plain_table(report.rows()), NOTES, sep="\n\n")
     print("Pictures:", *report.files)
+
+
+def _bench(parser: _Parser, given: argparse.Namespace) -> None:
+    try:
+        if given.target:
+            rules, engines = _names(f"ew,{given.rules or 'upgrad'}"), _names(given.engines)
+            for engine in engines:
+                make_engine(engine)
+            report = Report(Target.find(given.target), rules, engines, BENCH_SECONDS)
+            print(plain_table(report.rows()), report.words(), sep="\n\n")
+        else:
+            rules = sorted(RULES) if given.rules is None else _names(given.rules)
+            print(plain_table(rule_times(rules, given.tasks)))
+    except (TypeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 # ---------------------------------------------------------------------- the table of rules
@@ -155,12 +201,7 @@ def _keeps(rule: Rule) -> str:
 def _answer(rule: Rule, seed: int) -> Tensor:
     """Return what a rule makes of three tasks in conflict."""
     jacobian, losses = torch.tensor(JACOBIAN, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])
-
-    def elsewhere(shift: Tensor) -> tuple[Tensor, Tensor]:
-        return losses, jacobian
-
-    probes = isinstance(rule, GradientRule) and rule.probes
-    more = [elsewhere if probes else jacobian] * (min(rule.batches) - 1)
+    more = further(rule, jacobian, losses)
     generator = torch.Generator().manual_seed(seed)
     return aggregate(jacobian, rule, losses=losses, more=more, generator=generator).direction
 
