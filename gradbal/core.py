@@ -82,7 +82,7 @@ class Core:
         self.decided: set[int] = set()
         self.awaiting: set[int] = set()
         self.pending = Pending()
-        self.choice: dict[str, Any] = {}
+        self.choice: Mapping[str, Mapping[str, str]] = {}
         if tasks is not None:
             self.numbered = isinstance(tasks, int)
             self._grow(announced_tasks(tasks))

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.aside import Aside
+from gradbal.auto import Chooser
 from gradbal.blocks import BESIDE, MODEL, Workspace
+from gradbal.core import Core
 from gradbal.crossing import Segment, pull
+from gradbal.crossing.segment import Crossing
 from gradbal.decision import Decision
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan, members
@@ -28,12 +31,21 @@ class Descent:
     Args:
         roles: What the parameters are.
         engine: How cotangents are taken down.
+        chooser: Chooses the engine for every batch; None to use always the same.
         norms_only: Whether the rule looks at the lengths of task gradients alone.
     """
 
-    def __init__(self, roles: Roles, engine: Engine, *, norms_only: bool = False) -> None:
-        self.roles, self.engine = roles, engine
-        self.crossing = engine.crossing()
+    def __init__(
+        self,
+        roles: Roles,
+        engine: Engine,
+        chooser: Chooser | None = None,
+        *,
+        norms_only: bool = False,
+    ) -> None:
+        self.roles, self.chooser = roles, chooser
+        self.crossings: dict[Engine, Crossing] = {}
+        self.use(engine)
         self.keep, self.workspace = Keep(), Workspace()
         self.log, self.seed = Log(), 0
         self.walked = self.hidden = self.foreign = False
@@ -56,6 +68,28 @@ class Descent:
         if moved is not None:
             self.keep = Keep()
         return moved
+
+    def use(self, engine: Engine) -> None:
+        """Go on with an engine."""
+        self.engine = engine
+        if engine not in self.crossings:
+            self.crossings[engine] = engine.crossing()
+        self.crossing = self.crossings[engine]
+
+    def choose(self, core: Core, plan: Plan, *, whole: bool) -> None:
+        """Choose the engine for a batch, if it is not always the same.
+
+        Args:
+            core: Knows what has been settled.
+            plan: The plan.
+            whole: Whether the batch stands alone, so that its gradients may be dropped.
+        """
+        if self.chooser is not None:
+            streams = whole and not self.roles.some
+            core.choice, engine = self.chooser.choose(
+                core.choice, plan, self.params, streams=streams
+            )
+            self.use(engine)
 
     def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
         """Walk the graph.

@@ -219,7 +219,14 @@ class Representation(Engine):
 
 @dataclass(frozen=True)
 class Auto(Engine):
-    """Choose for the user; so far always one pass per task."""
+    """Choose among ``Sequential``, ``Batched``, ``Factored``, and ``Streaming`` where memory ends.
+
+    The passes' operations and bytes are counted. Where the counts are clear they decide; else the
+    two best take turns in the first steps, and the faster one stays. What has been settled, for
+    each number of tasks and size of batch, is kept in ``core``, and ``explain`` tells it. Nothing
+    is timed with ``capturable`` or ``torch.use_deterministic_algorithms``, nor for small models
+    on a CPU, so that runs are alike to the last bit there.
+    """
 
 
 PRESETS: dict[str, type[Engine]] = {

@@ -88,6 +88,8 @@ class Flow:
             self._commit(decision, found.tasks, seen, call)
             core.sets = found.known
             core.discard()
+            if self.descent.chooser is not None:
+                self.descent.chooser.stop()
             return True
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, list[int]]:

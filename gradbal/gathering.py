@@ -82,6 +82,9 @@ def gather(
             "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so their "
             "task gradients cannot be computed; pass use_reentrant=False to torch's checkpoint."
         )
+    if not at_cut:
+        in_parts = call.accumulate or further or bool(core.pending)
+        descent.choose(core, plan, whole=not in_parts)
     known = dict(core.sets)
     for number, reached in (pair for plan in plans for pair in plan.reached.items()):
         known[number] = known.get(number, 0) | reached

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from gradbal import reports
 from gradbal.arguments import OWNER, Groups, Options, Parameters, needs_closure, tensors_of
+from gradbal.auto import Chooser
 from gradbal.calls import AuxLosses, Call, explaining_donation
 from gradbal.closures import Evaluations
 from gradbal.core import Core
 from gradbal.descent import Descent
-from gradbal.engines import Engine, make_engine
+from gradbal.engines import Auto, Engine, make_engine
 from gradbal.flow import Flow
 from gradbal.losses import Losses
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
 from gradbal.roles import Roles
-from gradbal.rule import Rule
+from gradbal.rule import GramRule, Rule
 from gradbal.several import SeveralOptimizers
 from gradbal.wrapper import WrappedOptimizer
 
@@ -268,10 +269,20 @@ class MTLOptimizer(WrappedOptimizer):
             self.gram_over,
             everything=getattr(self.core.rule, "probes", False),
         )
-        norms_only = getattr(self.core.rule, "norms_only", False)
-        descent = Descent(roles, self.engine, norms_only=norms_only)
+        descent = Descent(
+            roles,
+            self.engine,
+            self._chooser() if isinstance(self.engine, Auto) else None,
+            norms_only=getattr(self.core.rule, "norms_only", False),
+        )
         self._flow = Flow(self.core, self.options, descent)
         self._needs_closure = needs_closure(self.base)
+
+    def _chooser(self) -> Chooser:
+        """Return what chooses the engine."""
+        grams = isinstance(self.core.rule, GramRule)
+        alone = grams and self.options.groups == "model"
+        return Chooser(products=grams, streams=alone, timed=not self.options.capturable)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew: storage, hooks and the record of what was said."""

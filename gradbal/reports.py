@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal.auto import explained
 from gradbal.blocks import MODEL
 from gradbal.core import Core
 from gradbal.crossing import Layer
 from gradbal.decision import Decision
 from gradbal.descent import Descent
-from gradbal.engines import Auto, Representation
+from gradbal.engines import Representation
 from gradbal.gram import outside_autocast
 from gradbal.graph import members, walk_graph
 from gradbal.losses import Batch
@@ -122,12 +123,15 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
     """Say in words what is shared, where the cut is, and what a step costs."""
     rule, engine = core.rule, descent.engine
     lines = [f"Rule {type(rule).__name__}: looks at {_looks_at(rule)}."]
-    chosen = " (so far always one pass per task)" if isinstance(engine, Auto) else ""
-    lines.append(f"Engine {type(engine).__name__}{chosen}.")
+    if descent.chooser is None:
+        lines.append(f"Engine {type(engine).__name__}.")
     if batch is None:
         lines.append("Pass the losses of one batch to learn what is shared and what a step costs.")
         return "\n".join(lines)
     plan = descent.plan(batch, core.sets, found=descent.tag is None)
+    if descent.chooser is not None:
+        descent.choose(core, plan, whole=True)
+        lines.append(explained(core.choice, plan))
     m = len(batch.tasks)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
     beside = sorted(set(shared) - set(plan.trunk))

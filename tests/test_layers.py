@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"chain", "checkpoint", "pending", "log", "jacobians", "policy"},
     {"rules", "engines", "sinks", "aside", "heads", "state", "grads", "closures", "distributed"},
-    {"core", "calls", "representation"},
+    {"core", "calls", "representation", "auto"},
     {"decision", "learning", "probe"},
     {"arguments", "task_gradients", "aggregation"},
     {"roles"},

@@ -35,6 +35,7 @@ CHAIN = {*SAME, "ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteB
 # Costs, in multiplications and additions of float32 (fitted on a CPU, for rows of 32 to 512).
 DOUBLE = 2  # one in float64
 ENTRY = 25  # an entry of the Jacobian: written, copied, read for the Gram matrix and at the end
+IMAGE = 200  # an entry of an image that is laid out by rows
 CALLS = 5_000_000  # what is called for a product and not for a formed gradient
 
 
@@ -117,7 +118,8 @@ def worthwhile(uses: Sequence[Use], n_tasks: int, size: int | None = None) -> bo
     formed = m * a * b * (rows + ENTRY)
     root = DOUBLE * rows * rows * (b + rows) if size is None else rows * b * size
     narrow = rows if size is None else size  # rows of what stands for the inputs
-    gram = m * a * (narrow * (rows + m) + rows * ENTRY)
+    entry = IMAGE if isinstance(uses[0], Convolution) else ENTRY
+    gram = m * a * (narrow * (rows + m) + rows * entry)
     direction = rows * a * b
     return members * (root + gram + direction) + CALLS < members * formed
 

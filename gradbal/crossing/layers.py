@@ -182,11 +182,20 @@ class Convolution(Outer):
             self.padding,
             self.dilation,
             self.transposed,
-            self.stride,
+            self._added(cotangent),
             self.groups,
             (False, True, False),
         )[1]
         return gradient
+
+    def _added(self, cotangent: Tensor) -> list[int]:
+        """Return how much larger the output is than a transposed convolution makes it."""
+        if not self.transposed:
+            return [0] * len(self.places)
+        sizes = self.saved.shape[2:], cotangent.shape[2:], self.shape[2:]
+        options = self.stride, self.padding, self.dilation
+        space = zip(*sizes, *options, strict=True)
+        return [o - (i - 1) * s + 2 * p - d * (k - 1) - 1 for i, o, k, s, p, d in space]
 
     def projected(self, matrix: Tensor) -> Tensor:
         if self.transposed:
