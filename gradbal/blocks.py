@@ -26,6 +26,11 @@ class Block:
     places: list[tuple[torch.Size, tuple[int, ...], int]]
     cache: dict[object, dict[int, Tensor]] = field(default_factory=dict)
 
+    def at(self, rows: int | slice) -> dict[int, Tensor]:
+        """View one row, or several, as one tensor per parameter."""
+        key = rows if isinstance(rows, int) else (rows.start, rows.stop)
+        return self.cache.get(key) or self.views(self.rows[rows], key)
+
     def views(self, tensor: Tensor, key: object = None) -> dict[int, Tensor]:
         """View ``[..., n]`` as one tensor ``[..., *shape]`` per parameter, in its own strides.
 

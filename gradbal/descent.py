@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gradbal.heads import Heads, Sink, descend
 from gradbal.log import Log
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
+from gradbal.phases import phase
 from gradbal.representation import boundary, check_marks, gram_only, watch
 from gradbal.sinks import Further, GramOnly, Keep
 from gradbal.task_gradients import TaskGradients
@@ -54,6 +56,8 @@ class Descent:
         self.log = Log()
         self.walked = self.hidden = self.foreign = False
         self.shared: set[int] | None = None
+        self.known: Mapping[int, int] = {}  # tasks of each parameter in the step before
+        self.common: set[int] = set()  # those of several tasks among them
         self.refresh()
         if shared is not None and not everything:
             self.shared = numbers_in(shared, self.index)
@@ -74,7 +78,7 @@ class Descent:
             they stood.
         """
         params = parameter_list(self.base)
-        if list(map(id, params)) == list(map(id, self.params)):
+        if len(params) == len(self.params) and all(map(is_, params, self.params)):
             return None
         old, self.params = self.params, params
         self.index = {id(param): number for number, param in enumerate(params)}
@@ -100,9 +104,10 @@ class Descent:
         """
         tag = None if found else self.tag
         looks = isinstance(self.engine, Representation) and not found
-        plan = make_plan(
-            batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
-        )
+        with phase("plan"):
+            plan = make_plan(
+                batch.edges, batch.tasks, self.index, known=known, shared=self.shared, tag=tag
+            )
         if not plan.reached and not plan.hidden:
             raise ValueError(
                 "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
@@ -246,10 +251,13 @@ class Descent:
         """Return the parameters that are shared, now or by what was seen before."""
         if self.shared is not None:
             return self.shared
-        return {number for number, tasks in known.items() if several(tasks)}
+        if known != self.known:
+            self.known = dict(known)
+            self.common = {number for number, tasks in known.items() if several(tasks)}
+        return self.common
 
     def _cross(
-        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
+        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor | None], heads: Heads, sink: Sink
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
         top, keep = segment.top, segment.retain_graph
@@ -291,14 +299,18 @@ class Descent:
     ) -> TaskGradients:
         """Add which tasks reach which group."""
         sets: dict[str, int] = {}
-        for number in reached.keys() & shared:
-            group = MODEL if isinstance(sink, GramOnly) else self.grouped[number]
-            sets[group] = sets.get(group, 0) | reached[number]
+        pairs = {
+            (MODEL if isinstance(sink, GramOnly) else self.grouped[number], bits)
+            for number, bits in reached.items()
+            if number in shared
+        }
+        for group, bits in pairs:
+            sets[group] = sets.get(group, 0) | bits
         position = {task: i for i, task in enumerate(tasks)}
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
         groups = dict(sorted(found.items()))
         return TaskGradients(tasks, heads, sink, groups, self._eps(shared), n_batches)
 
     def _eps(self, shared: set[int]) -> float:
-        double = all(self.params[number].dtype == torch.float64 for number in shared)
-        return torch.finfo(torch.float64 if double else torch.float32).eps
+        single = any(self.params[number].dtype != torch.float64 for number in shared)
+        return torch.finfo(torch.float32 if single else torch.float64).eps
