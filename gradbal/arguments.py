@@ -241,10 +241,8 @@ def needs_closure(base: torch.optim.Optimizer) -> bool:
 
 def parameter_list(base: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters of the optimizer, each once, in the order of its groups."""
-    found: dict[Tensor, None] = {}
-    for group in base.param_groups:
-        found.update(dict.fromkeys(group["params"]))
-    return list(found)
+    params = [param for group in base.param_groups for param in group["params"]]
+    return list({id(param): param for param in params}.values())
 
 
 def tensors_of(parameters: Parameters) -> list[Tensor]:

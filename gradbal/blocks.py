@@ -36,6 +36,11 @@ class Block:
         """Storage of the direction, shape ``[n]``; gradients are views of it."""
         return self.rows.new_empty(self.rows.shape[1])
 
+    def at(self, rows: int | slice) -> dict[int, Tensor]:
+        """View one row, or several, as one tensor per parameter."""
+        key = rows if isinstance(rows, int) else (rows.start, rows.stop)
+        return self.cache.get(key) or self.views(self.rows[rows], key)
+
     def views(self, tensor: Tensor, key: object = None) -> dict[int, Tensor]:
         """View ``[..., n]`` as one tensor ``[..., *shape]`` per parameter, in its own strides.
 

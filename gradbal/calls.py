@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbal.heads import largest_entry
+from gradbal.gram import all_finite
 from gradbal.losses import Batch, named_losses, read_batch
 
 AuxLosses = Tensor | Mapping[str, Tensor]
@@ -65,9 +65,9 @@ def aux_gradients(
         return {}
     numbers = [n for n, param in enumerate(params) if param.requires_grad]
     grads = torch.autograd.grad(
-        batch.edges,
+        [batch.joined],
         [params[n] for n in numbers],
-        batch.seeds(scale),
+        [batch.seed(scale)],
         retain_graph=True,  # the tasks' graphs may be the same
         allow_unused=True,
     )
@@ -133,14 +133,15 @@ def pass_once(
     Returns:
         Whether the gradients are finite; looked at only under a scaler.
     """
-    edges, seeds = list(batch.edges), batch.seeds(weights if scale is None else weights * scale)
+    tops = [batch.joined]
+    seeds = [batch.seed(weights if scale is None else weights * scale)]
     if (aux := call.aux_batch) is not None:
-        edges, seeds = edges + aux.edges, seeds + aux.seeds(scale)
+        tops, seeds = [*tops, aux.joined], [*seeds, aux.seed(scale)]
     inputs = [param for param in params if param.requires_grad]
     torch.autograd.backward(
-        edges, seeds, retain_graph=call.retain_graph, inputs=inputs if only_ours else None
+        tops, seeds, retain_graph=call.retain_graph, inputs=inputs if only_ours else None
     )
     if scale is None:
         return True
     grads = [param.grad for param in inputs if param.grad is not None]
-    return bool(largest_entry(grads, batch.values).isfinite())
+    return all_finite(grads, batch.values.device)

@@ -27,10 +27,7 @@ from gradbal.state import (
 from gradbal.tasks import announced_tasks, known_tasks
 from gradbal.trees import cloned, undoable
 
-_MUTABLE = (
-    *("names", "numbered", "sets", "solved", "skipped", "age", "epoch", "state", "held"),
-    *("slopes", "decided", "awaiting", "pending", "choice", "buffers"),
-)
+_CONTAINERS = ("state", "buffers", "slopes", "choice")  # written into; all others are replaced
 
 
 class Core:
@@ -180,10 +177,14 @@ class Core:
             state[name] = merged(state[name], new, self.axes[name], some)
         for name, slope in ctx.slopes.items():
             slopes = self.slopes.setdefault(group, {})
+            moving = f"{name}.moving"
+            if list(tasks) == list(range(len(self.names))):
+                slopes[name] = slopes[name] + slope if name in slopes else slope
+                slopes[moving] = torch.ones_like(slope)
+                continue
             none = torch.zeros_like(state[name])
             index = torch.tensor(tasks, device=slope.device)
             slopes[name] = slopes.get(name, none).index_add(0, index, slope)
-            moving = f"{name}.moving"
             slopes[moving] = slopes.get(moving, none).index_fill(0, index, 1)
 
     def renew(self, option: str, values: Mapping[str, float] | Sequence[float]) -> None:
@@ -255,7 +256,7 @@ class Core:
         Returns:
             A context that gives a function that undoes every change made so far.
         """
-        return undoable(self, (*_MUTABLE, "generator"), self.generator if random else None)
+        return undoable(self, _CONTAINERS, self.generator if random else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if nothing had happened."""

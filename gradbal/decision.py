@@ -88,7 +88,7 @@ class Decision:
     def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
         """Return what diagnostics will want to see."""
         weights = list(self.shared.values())
-        stacked = torch.stack(weights) if weights else None
+        several = torch.stack(weights) if len(weights) > 1 else None
         members = {
             group: [i for i, name in enumerate(names) if name in ctx.names]
             for group, (_, ctx) in self.contexts.items()
@@ -96,7 +96,7 @@ class Decision:
         return StepRecord(
             tasks=tuple(names),
             losses=seen.losses,
-            weights=stacked[0] if stacked is not None and len(stacked) == 1 else stacked,
+            weights=weights[0] if len(weights) == 1 else several,
             heads=self.heads,
             grams=self.grams,
             members=members,

@@ -19,6 +19,7 @@ from gradbal.heads import Heads, Sink, descend
 from gradbal.log import Log
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
+from gradbal.phases import phase
 from gradbal.representation import boundary, check_marks, represented, watch
 from gradbal.roles import Roles
 from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
@@ -105,14 +106,15 @@ class Descent:
         """
         tag = None if found else self.tag
         looks = isinstance(self.engine, Representation) and not found
-        plan = make_plan(
-            batch.edges,
-            batch.tasks,
-            self.roles.index,
-            known=known,
-            shared=self.roles.named,
-            tag=tag,
-        )
+        with phase("plan"):
+            plan = make_plan(
+                batch.edges,
+                batch.tasks,
+                self.roles.index,
+                known=known,
+                shared=self.roles.named,
+                tag=tag,
+            )
         if not plan.reached and not plan.hidden:
             raise ValueError(
                 "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
@@ -173,7 +175,12 @@ class Descent:
         return self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
 
     def _represent(
-        self, plan: Plan, seeds: Sequence[Tensor], heads: Heads, at_cut: bool, retain_graph: bool
+        self,
+        plan: Plan,
+        seeds: Sequence[Tensor | None],
+        heads: Heads,
+        at_cut: bool,
+        retain_graph: bool,
     ) -> Represented:
         """Go down through the heads only."""
         sink = represented(plan, len(self.params), pool=self.pool and not at_cut)
@@ -188,7 +195,7 @@ class Descent:
     def _keep(
         self,
         plans: Sequence[Plan],
-        seeds: Sequence[Sequence[Tensor]],
+        seeds: Sequence[Sequence[Tensor | None]],
         heads: Heads,
         shared: set[int],
         n_rows: int,
@@ -213,7 +220,7 @@ class Descent:
     def _stream(
         self,
         plan: Plan,
-        seeds: Sequence[Tensor],
+        seeds: Sequence[Tensor | None],
         heads: Heads,
         shared: set[int],
         n_rows: int,
@@ -320,7 +327,7 @@ class Descent:
         return segment._replace(layers=layers)
 
     def _cross(
-        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor], heads: Heads, sink: Sink
+        self, plan: Plan, segment: Segment, seeds: Sequence[Tensor | None], heads: Heads, sink: Sink
     ) -> None:
         """Go down through heads and trunk, giving every row to the sink."""
         top, keep = segment.top, segment.retain_graph
@@ -350,10 +357,14 @@ class Descent:
     ) -> TaskGradients:
         """Add which tasks reach which group."""
         sets: dict[str, int] = {}
-        for number in reached.keys() & shared:
-            one = self.roles.some or isinstance(sink, GramOnly)
-            group = MODEL if one else self.roles.grouped[number]
-            sets[group] = sets.get(group, 0) | reached[number]
+        one = self.roles.some or isinstance(sink, GramOnly)
+        pairs = {
+            (MODEL if one else self.roles.grouped[number], bits)
+            for number, bits in reached.items()
+            if number in shared
+        }
+        for group, bits in pairs:
+            sets[group] = sets.get(group, 0) | bits
         position = {task: i for i, task in enumerate(tasks)}
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
         groups = dict(sorted(found.items()))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
 from gradbal.arguments import OWNER, Options
 from gradbal.blocks import MODEL
@@ -23,10 +22,10 @@ from gradbal.decision import Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
-from gradbal.gram import outside_autocast
-from gradbal.heads import largest_entry
+from gradbal.gram import all_finite, outside_autocast
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses, named_losses, read_batch
+from gradbal.phases import phase
 from gradbal.probe import probe
 from gradbal.record import StepRecord
 from gradbal.rule import Closure, LossRule, mix
@@ -60,7 +59,8 @@ class Flow:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options
         with core.transaction(random=not options.capturable) as undo:
-            batch = self.read(losses)
+            with phase("bookkeeping"):
+                batch = self.read(losses)
             scale = call.initial_gradient(batch.values.device)
             decision, bad = self._decide_on_losses(batch, call)
             if bad:
@@ -69,23 +69,24 @@ class Flow:
                 return self._pass_once(batch, decision, scale, call, undo)
             at_cut = decision is not None and not core.pending
             further = [] if decision is not None else self._read_more(batch, call)
-            with record_function("gradbal::jacobian"), explaining_donation():
+            with phase("jacobian"), explaining_donation():
                 others = [more for more in further if isinstance(more, Batch)]
                 found = gather(self.descent, core, batch, scale, call, others, at_cut=at_cut)
             if found is None:
                 return False
-            with record_function("gradbal::gram"):
+            with phase("gram"):
                 seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
             if seen.bad and options.stops_at_nonfinite(call.scaler):
                 return self._refuse(seen.what, seen.bad, found.tasks, call, undo)
-            with record_function("gradbal::solve"):
+            with phase("solve"):
                 decision = decision or self._decide(found, seen, scale, further)
-            with record_function("gradbal::write_grad"):
+            with phase("write_grad"):
                 finite = self._write(found, decision, call)
             if not finite:
                 everyone = range(len(found.tasks))
                 return self._refuse("gradient", everyone, found.tasks, call, undo)
-            self._commit(decision, found.tasks, seen, call)
+            with phase("bookkeeping"):
+                self._commit(decision, found.tasks, seen, call)
             core.sets = found.known
             core.discard()
             if self.descent.chooser is not None:
@@ -114,7 +115,8 @@ class Flow:
             return None, seen.bad
         if held is None:
             self.learning.show(batch.tasks, seen.losses)
-            held = decide(core, options.policy, batch.tasks, {}, seen)
+            with phase("solve"):
+                held = decide(core, options.policy, batch.tasks, {}, seen)
         return held, []
 
     def _decide(
@@ -155,7 +157,7 @@ class Flow:
                 found.plan, found.gradients, decision, retain_graph=call.retain_graph
             )
             unseen = call.scaler is not None and found.gradients.at_cut
-            if unseen and not largest_entry(grads.values(), found.losses).isfinite():
+            if unseen and not all_finite(grads.values(), found.losses.device):
                 return False
             self.writer.add(params, grads, self.descent.keep.buffers())
             self.writer.add(params, found.aux, {})
@@ -175,7 +177,7 @@ class Flow:
             descent.plan(batch, self.core.sets, found=True)
         self._start_anew(call)
         weights = decision.shared[MODEL]
-        with replacing_grads(descent.params, fresh=call.fresh):
+        with phase("backward"), replacing_grads(descent.params, fresh=call.fresh):
             only_ours = descent.foreign and not descent.hidden
             finite = pass_once(descent.params, batch, weights, scale, call, only_ours=only_ours)
         if finite:
@@ -186,8 +188,8 @@ class Flow:
 
     def _start_anew(self, call: Call) -> None:
         """Forget what belonged to gradients that are gone."""
-        gone = all(param.grad is None for param in self.descent.params)
-        if (call.fresh and not call.replay) or gone:
+        started = call.fresh and not call.replay
+        if started or all(param.grad is None for param in self.descent.params):
             self.core.forget_step()
 
     def _commit(self, decision: Decision, tasks: Sequence[int], seen: Survey, call: Call) -> None:

@@ -1,6 +1,6 @@
 """The task gradients of one call: of this batch, and of what was put aside before it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from gradbal.calls import Call, aux_gradients
 from gradbal.core import Core
 from gradbal.descent import Descent
 from gradbal.graph import Plan
-from gradbal.heads import largest_entry
 from gradbal.losses import Batch
 from gradbal.survey import Survey, survey
 from gradbal.task_gradients import TaskGradients
@@ -44,8 +43,7 @@ class Gathered:
         return survey(
             self.gradients.grams if grams else lambda scaled: {},
             self.losses,
-            self.gradients.heads.sizes(self.losses),
-            largest_entry(self.aux.values(), self.losses),
+            [*self.gradients.heads.owned(), *((-1, grad) for grad in self.aux.values())],
             scale,
             capturable=capturable,
         )
@@ -85,9 +83,9 @@ def gather(
     if not at_cut:
         in_parts = call.accumulate or further or bool(core.pending)
         descent.choose(core, plan, whole=not in_parts)
-    known = dict(core.sets)
-    for number, reached in (pair for plan in plans for pair in plan.reached.items()):
-        known[number] = known.get(number, 0) | reached
+    known = core.sets
+    for one in plans:
+        known = _united(known, one.reached)
     aux = aux_gradients(call.aux_batch, descent.params, scale)
     count, retain = len(core.names), call.retain_graph
     if not call.accumulate and not core.pending:
@@ -112,3 +110,10 @@ def gather(
     gradients = descent.from_rows(whole.rows, tasks, known, count)
     losses = torch.stack([whole.losses[task] for task in tasks])
     return Gathered(plan, known, gradients, losses, whole.aux)
+
+
+def _united(known: dict[int, int], reached: Mapping[int, int]) -> dict[int, int]:
+    """Return the union of bit sets, by key; the first argument itself if that is all."""
+    if reached.items() <= known.items():
+        return known
+    return {**known, **{key: known.get(key, 0) | tasks for key, tasks in reached.items()}}

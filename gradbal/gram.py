@@ -1,6 +1,6 @@
 """Inner products and combinations of rows, in a precision that can be trusted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
@@ -72,6 +72,24 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     return torch.ldexp(total, 2 * exponent)
 
 
+def largest_entries(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the largest absolute entry of each tensor, shape ``[k]``, not finite if one entry is.
+
+    Args:
+        tensors: Any, sparse or dense; an empty one counts as zero.
+        device: Where the result is wanted.
+    """
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    dense = [t if t.numel() else t.new_zeros(1) for t in dense]
+    sizes = torch._foreach_norm(dense, float("inf")) if dense else []
+    return torch.stack([s.to(device) for s in sizes]) if sizes else torch.zeros(0, device=device)
+
+
+def all_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Say whether every entry of some tensors is finite, with one trip from the device."""
+    return bool(largest_entries(list(tensors), device).isfinite().all())
+
+
 def combine_tiny(rows: Tensor, weights: Tensor) -> Tensor:
     """Combine rows so small that their weights may be too large for their dtype."""
     exponent = (torch.frexp(weights.abs().amax()).exponent - 100).clamp(min=0)
@@ -92,7 +110,7 @@ def total_gram(rows: Sequence[Tensor], *, host: bool = False) -> Tensor:
     device = torch.device("cpu") if host else rows[0].device
     if host:
         total = _sum_of_grams(rows, device, scaled=False)
-        if not needs_scaling(total):
+        if not needs_scaling(total.diagonal().tolist()):
             return total
     return _sum_of_grams(rows, device, scaled=True)
 
@@ -109,9 +127,8 @@ def _sum_of_grams(rows: Sequence[Tensor], device: torch.device, *, scaled: bool)
     return grams[0] if len(grams) == 1 else torch.stack(grams).sum(dim=0)
 
 
-def needs_scaling(gram: Tensor) -> bool:
+def needs_scaling(squares: Sequence[float]) -> bool:
     """Say whether some squared norm may have vanished or overflowed in float32."""
-    squares: list[float] = gram.diagonal().tolist()
     return not (min(squares) > TINY and sum(squares) < HUGE)  # a sum with NaN is not
 
 

@@ -1,7 +1,10 @@
 """The plan: which parameters the tasks share, and where their graphs meet."""
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Boundary = tuple[GradientEdge, ...]
-Edge = tuple[Node, int]
+Edge = tuple[Node | None, int]
 Place = tuple[int, int]  # which module, which of its outputs
 
 
@@ -65,19 +68,27 @@ class Walk:
 
     Attributes:
         order: Every node after all nodes that use it.
-        edges: What each node passes gradients to.
+        edges: What each node passes gradients to; a node None takes none.
         tasks: The roots above each node, as a bit set.
-        leaves: The nodes of parameters.
-        sparse: Leaves used by an operation whose gradient is sparse.
-        hidden: Whether a reentrant checkpoint hides a part of the graph.
+        users: How many edges lead to each node.
     """
 
     order: list[Node]
-    edges: dict[Node, list[Edge]]
+    edges: dict[Node, Sequence[Edge]]
     tasks: dict[Node, int]
-    leaves: list[Node]
-    sparse: set[Node]
-    hidden: bool
+    users: dict[Node, int]
+
+    @cached_property
+    def kinds(self) -> dict[str, type]:
+        """The types of the nodes, by name."""
+        return {kind.__name__: kind for kind in set(map(type, self.order))}
+
+    def sparse_leaves(self) -> set[Node]:
+        """Return the leaves used by an operation whose gradient is sparse."""
+        if not any(hasattr(kind, "_saved_sparse") for kind in self.kinds.values()):
+            return set()
+        embeddings = [node for node in self.order if getattr(node, "_saved_sparse", False)]
+        return {n for node in embeddings for n, _ in self.edges[node] if type(n) is LEAF}
 
 
 def make_plan(
@@ -85,7 +96,7 @@ def make_plan(
     tasks: Sequence[int],
     index: Mapping[int, int],
     *,
-    known: Mapping[int, int] | None = None,
+    known: Mapping[int, int] = MappingProxyType({}),
     shared: Collection[int] | None = None,
     tag: Hashable = None,
 ) -> Plan:
@@ -105,12 +116,10 @@ def make_plan(
     """
     walk = walk_graph(roots, tasks)
     marked = marked_edges(walk, tag)
-    if tag is None:
-        region = {node for node, above in walk.tasks.items() if several(above)}
-    else:
-        region = nodes_below([edge.node for edge, *_ in marked], walk)
+    common = {node for node, above in walk.tasks.items() if above & (above - 1)}  # of several tasks
+    region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {root.node for root in roots})
-    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, roots)
+    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, roots, region)
     compiled = [e.node for e in cut if type(e.node).__name__ == "CompiledFunctionBackward"]
     plan = Plan(
         roots=list(roots),
@@ -121,22 +130,22 @@ def make_plan(
         marked=marked,
         one_node=any(several(walk.tasks[root.node]) for root in roots)
         or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
-        hidden=walk.hidden,
-        apart=not any(several(t) for node, t in walk.tasks.items() if node not in region),
+        hidden="CheckpointFunctionBackward" in walk.kinds,
+        apart=common <= region,
     )
-    position = {task: i for i, task in enumerate(tasks)}
-    for node in walk.leaves:
+    position, sparse = {task: i for i, task in enumerate(tasks)}, walk.sparse_leaves()
+    for node in walk.order:
+        if type(node) is not LEAF:
+            continue
         number = index.get(id(node.variable))  # type: ignore[attr-defined]  # of AccumulateGrad
         if number is None:
             plan.foreign += 1
             continue
         reached = plan.reached[number] = walk.tasks[node]
-        if node in walk.sparse:
+        if node in sparse:
             plan.sparse.add(number)
-        if shared is None:
-            is_shared = several(reached | (known or {}).get(number, 0))
-        else:
-            is_shared = number in shared
+        ever = reached | known.get(number, 0)
+        is_shared = several(ever) if shared is None else number in shared
         if is_shared and node in region and node not in entries:
             plan.trunk.append(number)
         else:
@@ -159,34 +168,35 @@ def members(tasks: int) -> list[int]:
 
 def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
     """Visit every node under the roots and note the tasks above it."""
-    order: list[Node] = []
-    edges: dict[Node, list[Edge]] = {}
-    for root in roots:
-        stack = [(root.node, False)]
-        while stack:
-            node, done = stack.pop()
-            if done:
-                order.append(node)
-            elif node not in edges:
-                below = edges[node] = [(n, i) for n, i in node.next_functions if n is not None]
-                stack.append((node, True))
-                stack.extend((child, False) for child, _ in below if child not in edges)
-    order.reverse()
-    tasks = dict.fromkeys(order, 0)
+    tasks = dict.fromkeys((root.node for root in roots), 0)
     for number, root in zip(numbers, roots, strict=True):
         tasks[root.node] |= 1 << number
-    leaves: list[Node] = []
-    sparse: set[Node] = set()
-    for node in order:
+    users = dict.fromkeys(tasks, 0)
+    edges: dict[Node, Sequence[Edge]] = {}
+    stack = list(tasks)
+    while stack:
+        node = stack.pop()
+        below = edges[node] = node.next_functions
+        for child, _ in below:
+            if child in users:
+                users[child] += 1
+            elif child is not None:
+                users[child] = 1
+                stack.append(child)
+    order: list[Node] = []
+    left = users.copy()
+    stack = [node for node in tasks if not left[node]]
+    while stack:
+        node = stack.pop()
+        order.append(node)
         above = tasks[node]
-        if type(node) is LEAF:
-            leaves.append(node)
         for child, _ in edges[node]:
-            tasks[child] |= above
-            if type(child) is LEAF and getattr(node, "_saved_sparse", False):
-                sparse.add(child)
-    hidden = any(type(node).__name__ == "CheckpointFunctionBackward" for node in order)
-    return Walk(order, edges, tasks, leaves, sparse, hidden)
+            if child is not None:
+                tasks[child] = tasks.get(child, 0) | above
+                left[child] -= 1
+                if not left[child]:
+                    stack.append(child)
+    return Walk(order, edges, tasks, users)
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:
@@ -232,7 +242,7 @@ def nodes_below(tops: Sequence[Node], walk: Walk) -> set[Node]:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(child for child, _ in walk.edges[node])
+            stack.extend(child for child, _ in walk.edges[node] if child is not None)
     return found
 
 
@@ -248,14 +258,16 @@ def meeting_nodes(walk: Walk, region: set[Node], tops: set[Node]) -> set[Node]:
         region: Nodes, with everything below them; what is taken out leaves this set, too.
         tops: Nodes of the losses, entered from outside.
     """
+    above = [node for node in walk.order if node not in region]
+    entered = Counter(child for node in above for child, _ in walk.edges[node] if child in region)
+    entries = (tops & region).union(entered)
+    if all(walk.users[node] == entered[node] for node in entries):
+        return entries
     users: dict[Node, list[Node]] = {}
-    entries = tops & region
-    for node in walk.order:
-        if node in region:
-            for child, _ in walk.edges[node]:
+    for node in region:
+        for child, _ in walk.edges[node]:
+            if child is not None:
                 users.setdefault(child, []).append(node)
-        else:
-            entries.update(child for child, _ in walk.edges[node] if child in region)
     outside: set[Node] = set()
     queue = list(entries)
     while queue:
@@ -268,17 +280,21 @@ def meeting_nodes(walk: Walk, region: set[Node], tops: set[Node]) -> set[Node]:
             entries.discard(node)
             stack.extend(users.get(node, ()))
             for child, _ in walk.edges[node]:
-                if child not in outside and child not in entries:
+                if child is not None and child not in outside and child not in entries:
                     entries.add(child)
                     queue.append(child)
     region -= outside
     return entries
 
 
-def edges_into(nodes: set[Node], walk: Walk, roots: Sequence[GradientEdge]) -> Boundary:
-    """Return every edge that leads into one of the nodes, each once."""
+def edges_into(
+    nodes: set[Node], walk: Walk, roots: Sequence[GradientEdge], region: set[Node]
+) -> Boundary:
+    """Return every edge that leads from outside a region into one of the nodes, each once."""
     found = {(root.node, root.output_nr): None for root in roots if root.node in nodes}
-    if nodes:
-        for node in walk.order:
-            found.update((edge, None) for edge in walk.edges[node] if edge[0] in nodes)
+    for node in walk.order if nodes else ():
+        if node not in region:
+            for child, number in walk.edges[node]:
+                if child is not None and child in nodes:
+                    found[child, number] = None
     return tuple(GradientEdge(node, number) for node, number in found)

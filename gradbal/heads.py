@@ -1,6 +1,6 @@
 """From the losses down to the cut: each head is differentiated once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,9 +25,9 @@ class Heads:
 
     grads: list[dict[int, Tensor]] = field(default_factory=list)
 
-    def sizes(self, like: Tensor) -> Tensor:
-        """Return the largest absolute entry for each task, shape ``[m]``, like another tensor."""
-        return torch.stack([largest_entry(grads.values(), like) for grads in self.grads])
+    def owned(self) -> list[tuple[int, Tensor]]:
+        """Return every gradient with the position of its task."""
+        return [(task, grad) for task, grads in enumerate(self.grads) for grad in grads.values()]
 
     def direction(self, weights: Sequence[float] | Tensor | None) -> dict[int, Tensor]:
         """Return each parameter's gradient, times its task's weight if there are weights."""
@@ -42,20 +42,10 @@ class Heads:
         return out
 
 
-def largest_entry(grads: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Return the largest absolute entry of some tensors, 0-dim; not finite if one entry is."""
-    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-    dense = [grad for grad in dense if grad.numel()]
-    if not dense:
-        return like.new_zeros(())
-    sizes = torch._foreach_norm(dense, float("inf"))
-    return torch.stack([size.to(like) for size in sizes]).amax()
-
-
 def descend(
     plan: Plan,
     params: Sequence[Tensor],
-    seeds: Sequence[Tensor],
+    seeds: Sequence[Tensor | None],
     heads: Heads,
     sink: Sink,
     *,

@@ -65,7 +65,7 @@ def host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """
     rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
     gram = gram_matrix(rows).cpu()
-    if not needs_scaling(gram):
+    if not needs_scaling(gram.diagonal().tolist()):
         return gram, False
     gram = gram_matrix(rows, scaled=True).cpu()
     squares = gram.diagonal().tolist()

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+PIECES = ("UnbindBackward0", "SelectBackward0")  # what takes a piece out of a stack
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -17,30 +19,41 @@ class Batch:
 
     Attributes:
         tasks: Numbers of the present tasks, ascending as given.
-        edges: Where their losses stand in the graph.
-        values: The losses themselves, shape ``[m]``, detached, float64, where they are.
-        likes: For each loss a detached tensor of its dtype and device.
+        losses: The losses of these tasks as given.
+        joined: The same as one tensor with a graph, shape ``[m]``.
+        values: The same detached, float64.
     """
 
     tasks: list[int]
-    edges: list[GradientEdge]
+    losses: list[Tensor]
+    joined: Tensor
     values: Tensor
-    likes: list[Tensor]
+
+    @cached_property
+    def edges(self) -> list[GradientEdge]:
+        """Where each loss stands in the graph."""
+        return [edge for loss in self.losses if (edge := _edge(loss)) is not None]
 
     def by_task(self) -> dict[int, Tensor]:
         """Return the losses, by the number of their task."""
         return dict(zip(self.tasks, self.values, strict=True))
 
-    def seeds(self, weights: Tensor | None) -> list[Tensor]:
-        """Return the initial gradient of each loss: its weight, or 1.
+    def seeds(self, weights: Tensor | None) -> Sequence[Tensor | None]:
+        """Return the initial gradient of each loss: its weight, or None for 1.
 
         Args:
             weights: Shape ``[m]``, or 0-dim for the same one everywhere.
         """
         if weights is None:
-            return [torch.ones_like(like) for like in self.likes]
-        pairs = zip(weights.expand(len(self.likes)), self.likes, strict=True)
-        return [weight.to(like.device, like.dtype).reshape(like.shape) for weight, like in pairs]
+            return [None] * len(self.losses)
+        pairs = zip(self.seed(weights).unbind(), self.losses, strict=True)
+        return [weight.to(loss.device, loss.dtype).view_as(loss) for weight, loss in pairs]
+
+    def seed(self, weights: Tensor | None) -> Tensor:
+        """Return the initial gradient of the joined losses, likewise."""
+        if weights is None:
+            return torch.ones_like(self.joined)
+        return weights.to(self.joined).expand_as(self.joined)
 
 
 def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
@@ -74,22 +87,25 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
     if not found:
         raise ValueError("Losses: expected at least one loss, got none.")
     for position, loss in enumerate(found):
-        name = repr(names[position]) if names else str(position)
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"Losses: the loss of task {name} must be a tensor, got {type(loss).__name__}."
-            )
-        if loss.numel() != 1:
-            raise ValueError(
-                f"Losses: the loss of task {name} must be a scalar, got shape {list(loss.shape)}; "
-                "reduce it with .mean() or .sum()."
-            )
-        if not loss.is_floating_point():
-            raise TypeError(
-                f"Losses: the loss of task {name} must be a real floating-point tensor, "
-                f"got {loss.dtype}."
-            )
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+            _refuse(loss, repr(names[position]) if names else str(position))
     return names, found
+
+
+def _refuse(loss: object, name: str) -> NoReturn:
+    """Say what is wrong with a loss."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"Losses: the loss of task {name} must be a tensor, got {type(loss).__name__}."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Losses: the loss of task {name} must be a scalar, got shape {list(loss.shape)}; "
+            "reduce it with .mean() or .sum()."
+        )
+    raise TypeError(
+        f"Losses: the loss of task {name} must be a real floating-point tensor, got {loss.dtype}."
+    )
 
 
 def read_batch(losses: Sequence[Tensor], tasks: Sequence[int]) -> Batch:
@@ -99,26 +115,34 @@ def read_batch(losses: Sequence[Tensor], tasks: Sequence[int]) -> Batch:
         losses: Scalars.
         tasks: The number of each one's task.
     """
-    edges = [_edge(loss) if loss.requires_grad else None for loss in losses]
-    present = [i for i, edge in enumerate(edges) if edge is not None]
-    detached = [losses[i].detach().reshape(()) for i in present]
-    device = detached[0].device if detached else torch.device("cpu")
+    present = [i for i, loss in enumerate(losses) if _has_graph(loss)]
+    if not present:
+        return Batch([], [], torch.empty(0), torch.empty(0))
+    found = [losses[i] for i in present]
+    device = found[0].device
+    with torch.enable_grad():
+        joined = torch.stack([_scalar(loss).to(device) for loss in found])
     wide = torch.float32 if device.type == "mps" else torch.float64
-    return Batch(
-        tasks=[tasks[i] for i in present],
-        edges=[edge for edge in edges if edge is not None],
-        values=torch.stack([loss.to(device, wide) for loss in detached])
-        if present
-        else torch.empty(0),
-        likes=[losses[i].detach() for i in present],
-    )
+    return Batch([tasks[i] for i in present], found, joined, joined.detach().to(wide))
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    return loss.reshape(()) if loss.ndim else loss
+
+
+def _has_graph(loss: Tensor) -> bool:
+    """Say whether there is something to differentiate; a piece of a stack may have been added."""
+    if not loss.requires_grad:
+        return False
+    node = loss.grad_fn
+    return node is None or node.name() not in PIECES or _edge(loss) is not None
 
 
 def _edge(loss: Tensor) -> GradientEdge | None:
     """Return where a loss stands, looking through the stacking of several losses."""
     edge = get_gradient_edge(loss)
     kind = edge.node.name()
-    if kind not in ("UnbindBackward0", "SelectBackward0"):
+    if kind not in PIECES:
         return edge
     below = edge.node.next_functions[0][0]
     if below is None or below.name() != "StackBackward0" or loss.ndim != 0:

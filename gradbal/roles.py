@@ -1,6 +1,7 @@
 """What the parameters are to the tasks: shared, counted, grouped."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Roles:
         self.grouped: dict[int, str] = {}
         self._shared: set[int] | None = None
         self._over: set[int] | None = None
+        self._known: Mapping[int, int] = {}  # tasks of each parameter in the step before
+        self._common: set[int] = set()  # those of several tasks among them
         self.refresh()
         if shared is not None and not everything:
             self._shared = numbers_in(shared, self.index)
@@ -55,7 +58,7 @@ class Roles:
             they stood.
         """
         params = parameter_list(self.base)
-        if list(map(id, params)) == list(map(id, self.params)):
+        if len(params) == len(self.params) and all(map(is_, params, self.params)):
             return None
         old, self.params = self.params, params
         self.index = {id(param): number for number, param in enumerate(params)}
@@ -83,7 +86,10 @@ class Roles:
         """Return the parameters that are shared, now or by what was seen before."""
         if self._shared is not None:
             return self._shared
-        return {number for number, tasks in known.items() if several(tasks)}
+        if known != self._known:
+            self._known = dict(known)
+            self._common = {number for number, tasks in known.items() if several(tasks)}
+        return self._common
 
     def group(self, shared: set[int]) -> dict[int, str]:
         """Return the group of each shared parameter."""
@@ -103,5 +109,5 @@ class Roles:
 
     def eps(self, shared: set[int]) -> float:
         """Return the relative rounding error of inner products."""
-        double = all(self.params[number].dtype == torch.float64 for number in shared)
-        return torch.finfo(torch.float64 if double else torch.float32).eps
+        single = any(self.params[number].dtype != torch.float64 for number in shared)
+        return torch.finfo(torch.float32 if single else torch.float64).eps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradbal.gram import needs_scaling
+from gradbal.gram import largest_entries, needs_scaling
 
 Grams = Callable[[bool], dict[str, Tensor]]
 
@@ -36,8 +36,7 @@ class Survey:
 def survey(
     grams: Grams,
     losses: Tensor,
-    sizes: Tensor,
-    extra: Tensor,
+    owned: Sequence[tuple[int, Tensor]],
     scale: Tensor | None,
     *,
     capturable: bool,
@@ -48,39 +47,38 @@ def survey(
         grams: Computes the Gram matrices; its argument asks for protection against under- and
             overflow, which costs one more read of the gradients.
         losses: Losses, shape ``[m]``.
-        sizes: Largest entry of each task's own gradients, shape ``[m]``.
-        extra: Largest entry of the auxiliary gradients, 0-dim.
+        owned: Gradients that must be finite, too, each with the position of its task or -1.
         scale: Factor by which all gradients were multiplied, 0-dim, or None.
         capturable: Leave all on the device and look at nothing.
     """
     m, device = len(losses), losses.device
     found = {group: gram.to(device) for group, gram in grams(capturable).items()}
-    rest = [
-        losses,
-        sizes,
-        extra[None],
-        torch.ones_like(extra)[None] if scale is None else scale.to(extra)[None],
-    ]
     if capturable:
-        found = {group: gram / rest[3] ** 2 for group, gram in found.items()}
-        return Survey(found, losses, None, [])
-    packed = torch.cat([*(gram.flatten() for gram in found.values()), *rest]).cpu()
-    sizes_of = [gram.numel() for gram in found.values()]
-    *blocks, values, own, beside, factor = torch.split(packed, [*sizes_of, m, m, 1, 1])
-    squares = {
-        group: block.view_as(gram)
-        for (group, gram), block in zip(found.items(), blocks, strict=True)
-    }
-    if any(needs_scaling(gram) for gram in squares.values()):
+        factor = 1 if scale is None else scale.to(losses) ** 2
+        return Survey({group: gram / factor for group, gram in found.items()}, losses, None, [])
+    sizes = largest_entries([grad for _, grad in owned], device)
+    factors = [] if scale is None else [scale.to(device)[None]]
+    parts = [gram.flatten() for gram in found.values()]
+    packed = torch.cat([losses, sizes, *factors, *parts]).cpu()
+    numbers = packed.tolist()
+    n_before = m + len(owned) + len(factors)
+    values, own = numbers[:m], numbers[m : m + len(owned)]
+    squares, diagonals = {}, {}
+    for group, gram in found.items():
+        side, n_after = len(gram), n_before + gram.numel()
+        squares[group] = packed[n_before:n_after].view(side, side)
+        diagonals[group] = numbers[n_before : n_after : side + 1]
+        n_before = n_after
+    if any(needs_scaling(diagonal) for diagonal in diagonals.values()):
         squares = {group: gram.cpu() for group, gram in grams(True).items()}
-    bad = {i % m for gram in squares.values() for i in _not_finite(gram.diagonal().tolist())}
-    bad |= set(_not_finite(own.tolist()))
-    bad |= {-1 for _ in _not_finite(beside.tolist())}
-    squares = {group: gram / factor**2 for group, gram in squares.items()}
-    numbers = values.tolist()
+        diagonals = {group: gram.diagonal().tolist() for group, gram in squares.items()}
+    bad = {i % m for diagonal in diagonals.values() for i in _not_finite(diagonal)}
+    bad |= {owned[i][0] for i in _not_finite(own)}
+    if scale is not None:
+        squares = {group: gram / numbers[m + len(owned)] ** 2 for group, gram in squares.items()}
     if bad:
-        return Survey(squares, values, numbers, sorted(bad), "gradient")
-    return Survey(squares, values, numbers, _not_finite(numbers))
+        return Survey(squares, packed[:m], values, sorted(bad), "gradient")
+    return Survey(squares, packed[:m], values, _not_finite(values))
 
 
 def _not_finite(numbers: Sequence[float]) -> list[int]:

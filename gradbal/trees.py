@@ -28,23 +28,24 @@ def shallow(tree: Any) -> Any:  # as deep as it goes
 
 @contextmanager
 def undoable(
-    owner: object, names: Sequence[str], generator: torch.Generator | None
+    owner: object, containers: Sequence[str], generator: torch.Generator | None
 ) -> Iterator[Callable[[], None]]:
-    """Undo every rebinding of some attributes if the body fails.
+    """Undo every rebinding of attributes if the body fails.
 
     Args:
         owner: Whose attributes these are.
-        names: Their names. Containers are copied, what they hold is not.
+        containers: Names of those that are written into and therefore copied; what they hold is
+            not.
         generator: Put back, too; reading it may wait for the device.
 
     Yields:
         A function that undoes every change made so far.
     """
-    before = {name: shallow(getattr(owner, name)) for name in names}
+    before = {**owner.__dict__, **{name: shallow(getattr(owner, name)) for name in containers}}
     drawn = None if generator is None else generator.get_state()
 
     def undo() -> None:
-        owner.__dict__.update({name: shallow(value) for name, value in before.items()})
+        owner.__dict__.update(before, **{name: shallow(before[name]) for name in containers})
         if generator is not None and drawn is not None:
             generator.set_state(drawn)
 

@@ -2,9 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch.optim import optimizer as torchs
 
 HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -14,6 +17,8 @@ HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+GLOBAL_HOOKS = (torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks)
 
 
 class Facade(torch.optim.Optimizer):
@@ -31,6 +36,24 @@ class Facade(torch.optim.Optimizer):
             self.__dict__.setdefault(name, OrderedDict())
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
         self._patch_step_function()
+
+    def _patch_step_function(self) -> None:
+        """Put hooks and a profiler's label around ``step`` as torch does, where there are any."""
+        super()._patch_step_function()
+        kind: Any = type(self)
+        labelled = kind.step
+        if hasattr(labelled, "bare"):
+            return
+
+        @wraps(labelled)
+        def step(self: "Facade", *args: Any, **kwargs: Any) -> Any:
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            if hooks or any(GLOBAL_HOOKS) or _profiler_enabled():
+                return labelled(self, *args, **kwargs)
+            return step.bare(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+        step.bare = labelled.__wrapped__  # type: ignore[attr-defined]
+        kind.step = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, tensors and primitives only."""

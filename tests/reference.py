@@ -1,9 +1,11 @@
 """Slow, obvious versions, on the vectors themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 Orders = Sequence[Sequence[int]]  # for each task whom it visits, in turn
 
@@ -90,3 +92,69 @@ def _violation(points: Tensor, slopes: Tensor) -> float:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b / a.norm() / b.norm()
+
+
+@dataclass
+class Parts:
+    """The parts of a plan that decide what is computed."""
+
+    cut: set[tuple[Node, int]]
+    trunk: list[int]
+    own: list[list[int]]
+    above: list[list[int]]
+    reached: dict[int, int]
+    apart: bool
+    foreign: int
+
+
+def below(node: Node) -> set[Node]:
+    """Return a node and everything it depends on."""
+    found, stack = {node}, [node]
+    while stack:
+        new = {child for child, _ in stack.pop().next_functions if child is not None} - found
+        found |= new
+        stack += new
+    return found
+
+
+def plan_parts(
+    roots: Sequence[GradientEdge],
+    tasks: Sequence[int],
+    index: Mapping[int, int],
+    top: Node | None = None,
+) -> Parts:
+    """Plan by asking of every node, again and again, what it reaches.
+
+    Args:
+        roots: Where the losses stand.
+        tasks: Their numbers.
+        index: Number of each parameter, by ``id``.
+        top: A node below which the trunk lies; None for where the graphs meet.
+    """
+    under = {task: below(root.node) for task, root in zip(tasks, roots, strict=True)}
+    nodes = set().union(*under.values())
+    reach = {node: below(node) - {node} for node in nodes}
+    above = {n: sum(1 << task for task in tasks if n in under[task]) for n in nodes}
+    edges = {(node, edge) for node in nodes for edge in node.next_functions if edge[0] is not None}
+    edges |= {(None, (root.node, root.output_nr)) for root in roots}
+    common = {node for node in nodes if above[node].bit_count() > 1}
+    region = common if top is None else below(top) & nodes if top in nodes else set()
+    while True:
+        entries = {edge[0] for user, edge in edges if edge[0] in region and user not in region}
+        nested = {node for node in region if reach[node] & entries}
+        if not nested:
+            break
+        region = region - nested
+    leaves = {node for node in nodes if hasattr(node, "variable")}
+    number = {n: index[id(n.variable)] for n in leaves if id(n.variable) in index}
+    trunk = {n for n in number if n in common and n in region - entries}
+    rest = number.keys() - trunk
+    return Parts(
+        cut={edge for user, edge in edges if edge[0] in entries - leaves and user not in region},
+        trunk=sorted(number[n] for n in trunk),
+        own=[sorted(number[n] for n in rest - common if n in under[task]) for task in tasks],
+        above=[sorted(number[n] for n in rest & common if n in under[task]) for task in tasks],
+        reached={number[n]: above[n] for n in number},
+        apart=common <= region and not rest & (region - entries),
+        foreign=len(leaves) - len(number),
+    )

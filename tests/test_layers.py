@@ -14,18 +14,9 @@ ROOT = Path(__file__).parents[1]
 # A new module joins the lowest layer that works; a package stands for all its modules.
 LAYERS = [
     {"checks", "gram"},
-    {"graph", "rule", "blocks", "losses", "record", "wrapper"},
-    {
-        "registry",
-        "solvers",
-        "crossing",
-        "transforms",
-        "learner",
-        "survey",
-        "tasks",
-        "trees",
-        "pieces",
-    },
+    {"graph", "phases", "rule", "blocks", "losses", "record", "wrapper"},
+    {"registry", "solvers", "crossing", "transforms", "learner", "survey", "tasks", "trees"},
+    {"pieces", "work"},
     {"chain", "checkpoint", "pending", "log", "jacobians", "policy"},
     {"rules", "engines", "sinks", "aside", "heads", "state", "grads", "closures", "distributed"},
     {"core", "calls", "representation", "auto"},

@@ -1,5 +1,6 @@
 """UPGrad: every gradient projected so that it harms no task."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +10,10 @@ from gradbal import checks
 from gradbal.registry import register
 from gradbal.rule import Claim, Context, GramRule, Scale
 from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
+from gradbal.solvers.active_set import exchange_numbers
+
+FEW = 3  # up to this many tasks plain numbers are faster than tensors
+TOL = 1e-10  # largest accepted residual, as of the solver
 
 
 @register(
@@ -54,12 +59,9 @@ class UPGrad(GramRule):
             least = gram.amin().item()
             if least >= 0:  # nothing conflicts
                 return preferences
-            if m == 2:  # each loses what points against the other
-                first, second = preferences.tolist()
-                squares = gram.diagonal().tolist()
-                return gram.new_tensor(
-                    [first - second * least / squares[0], second - first * least / squares[1]]
-                )
+            if m <= FEW and (found := _few(gram.tolist(), preferences.tolist())) is not None:
+                ctx.stats["residual"] = found[1]
+                return gram.new_tensor(found[0])
         cosines, norms = equilibrate(gram)
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, cosines)
@@ -68,3 +70,22 @@ class UPGrad(GramRule):
         ctx.stats["residual"] = solution.residual
         added = (preferences * norms) @ solution.value
         return preferences + added / norms.where(norms > 0, 1)
+
+
+def _few(gram: list[list[float]], preferences: list[float]) -> tuple[list[float], float] | None:
+    """Find the weights and the residual in plain numbers; None where that does not succeed."""
+    norms = [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(gram)]
+    units = [norm or math.inf for norm in norms]  # a task without gradient: a row of zeros
+    cosines = [
+        [entry / a / b for entry, b in zip(row, units, strict=True)]
+        for row, a in zip(gram, units, strict=True)
+    ]
+    weights, worst = list(preferences), 0.0
+    for row, preference, norm in zip(cosines, preferences, norms, strict=True):
+        point, residual, _ = exchange_numbers(cosines, row, TOL)
+        if not residual <= TOL:
+            return None
+        worst = max(worst, residual)
+        added = zip(weights, point, units, strict=True)
+        weights = [w + preference * norm * max(p, 0.0) / unit for w, p, unit in added]
+    return weights, worst

@@ -52,7 +52,7 @@ class Keep:
         self.groups, self.n_tasks = groups, n_tasks
         self.sparse = {number: [None] * n_tasks for number in groups if number in sparse}
         places = [place_of(params[number]) for number in groups]
-        layout = (tuple(groups.items()), places, frozenset(self.sparse), n_rows)
+        layout = (groups, places, frozenset(self.sparse), n_rows)
         if layout != self.layout:
             self.blocks = []  # the old storage goes before the new is taken
             self.blocks = lay_out(params, groups, self.sparse, n_rows, self.room)
@@ -72,7 +72,7 @@ class Keep:
         for task in tasks:
             self.unwritten[task] -= found.keys()
         for block in self.blocks:
-            views = block.views(block.rows[at], str(at))
+            views = block.at(at)
             here = [n for n in views if n in found]
             if here:
                 torch._foreach_copy_([views[n] for n in here], [formed(found[n]) for n in here])
@@ -80,8 +80,8 @@ class Keep:
     def close(self) -> None:
         """Set to zero what no task has written."""
         for task, numbers in enumerate(self.unwritten):
-            for block in self.blocks:
-                views = block.views(block.rows[task], str(task))
+            for block in self.blocks if numbers else ():
+                views = block.at(task)
                 missing = [views[n] for n in views if n in numbers]
                 if missing:
                     torch._foreach_zero_(missing)

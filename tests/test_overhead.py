@@ -1,0 +1,123 @@
+"""What a step does beside the model's own work: counted, and named for a profiler."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from models import Toy, wrapped
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+VIEWS = {"as_strided", "detach", "slice", "t", "view", "alias", "unbind", "permute"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Records every operation, and those that touch the storage of some tensor."""
+
+    def __init__(self, *watched: Tensor) -> None:
+        super().__init__()
+        self.watched = {tensor.untyped_storage().data_ptr() for tensor in watched}
+        self.all: Counter[str] = Counter()
+        self.touching: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.all[name] += 1
+        if name not in VIEWS and places & self.watched:
+            self.touching[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(rule: str, n_tasks: int) -> Dispatched:
+    """Return what a step after the first ones dispatches."""
+    model = Toy(n_tasks)
+    optimizer = wrapped(model, rule, engine="sequential")
+    for _ in range(2):
+        optimizer.step(model.losses())
+    losses = model.losses()
+    blocks = optimizer._flow.descent.keep.blocks
+    with Dispatched(*(block.rows for block in blocks)) as dispatched:
+        optimizer.step(losses)
+    return dispatched
+
+
+@pytest.mark.parametrize("n_tasks", [2, 3, 8])
+def test_rows_are_written_once_and_read_twice(n_tasks: int) -> None:
+    dispatched = counted("mgda", n_tasks)
+    assert dispatched.touching == {"_foreach_copy_": n_tasks, "mm": 1, "mv": 1}
+
+
+def test_direction_is_written_once_and_lent_as_gradients() -> None:
+    model = Toy()
+    optimizer = wrapped(model, "mgda", engine="sequential")
+    optimizer.step(model.losses())
+    (block,) = optimizer._flow.descent.keep.blocks
+    losses = model.losses()
+    with Dispatched(block.flat) as dispatched:
+        optimizer.step(losses)
+    assert dispatched.touching == {"mv": 1, "add_": 4}  # the base reads each gradient
+    trunk = list(model.trunk.parameters())
+    storage = block.flat.untyped_storage().data_ptr()
+    assert {p.grad.untyped_storage().data_ptr() for p in trunk} == {storage}  # type: ignore[union-attr]
+
+
+def plain(n_tasks: int) -> Counter[str]:
+    """Return what a step on the summed loss dispatches."""
+    model = Toy(n_tasks)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = model.losses()
+    with Dispatched() as dispatched:
+        sum(losses).backward()  # type: ignore[union-attr]  # not empty
+        base.step()
+    return dispatched.all
+
+
+@pytest.mark.parametrize("rule", ["ew", "uw", "famo"])
+def test_rules_on_losses_dispatch_as_much_for_many_tasks_as_for_few(rule: str) -> None:
+    few, many = (counted(rule, n_tasks).all.total() - plain(n_tasks).total() for n_tasks in (2, 8))
+    assert few == many
+    assert rule != "ew" or few <= 4
+
+
+NAMES = {
+    "upgrad": ["bookkeeping", "gram", "jacobian", "plan", "solve", "write_grad"],
+    "ew": ["backward", "bookkeeping", "solve"],
+}
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_parts_of_a_step_are_named_for_a_profiler(rule: str) -> None:
+    model = Toy()
+    optimizer = wrapped(model, rule)
+    optimizer.step(model.losses())
+    losses = model.losses()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        optimizer.step(losses)
+    names = {event.name for event in profiler.events() or ()}
+    assert sorted(n for n in names if n.startswith("gradbal::")) == [
+        f"gradbal::{name}" for name in NAMES[rule]
+    ]
+    assert "Optimizer.step#MTLOptimizer.step" in names
+
+
+def test_nothing_is_named_while_nobody_profiles() -> None:
+    dispatched = counted("upgrad", 3)
+    assert dispatched.all["_record_function_enter_new"] == 1  # torch's, around the base's step
+
+
+def test_a_step_hook_is_called_on_the_optimizer_and_its_base() -> None:
+    model, called = Toy(), Counter[str]()
+    optimizer = wrapped(model, "ew")
+    optimizer.register_step_pre_hook(lambda *args: called.update(["before"]))
+    optimizer.register_step_post_hook(lambda *args: called.update(["after"]))
+    handle = register_optimizer_step_post_hook(lambda *args: called.update(["anywhere"]))
+    optimizer.step(model.losses())
+    handle.remove()
+    optimizer.step(model.losses())
+    assert called == {"before": 2, "after": 2, "anywhere": 2}
