@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import process_time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from arch_zoo import (
     MMoE,
     MultiTaskModel,
 )
-from benchmarks.problems import Factory, Problem, Split, Task, problem
+from benchmarks.problems import Factory, Problem, Split, Stages, Task, problem
 from gradbal import MTLOptimizer
 from gradbal.demo.contest import one_thread
 
@@ -27,7 +28,6 @@ LEARNING_RATE = 3e-3  # of Adam, the same for every cell
 ALONE = "alone"  # stands for the architecture where a task is trained by itself
 
 Heads = dict[str, nn.Module]
-Stages = tuple[Factory, Factory, Factory]
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +47,9 @@ class Cell:
     rule: str
     seed: int
     epochs: int
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.arch} {self.rule} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class Record:
     loss_before: float
     loss_after: float
     unmoved: tuple[str, ...]
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> "Record":
+        """Return a record from what JSON made of its fields."""
+        unmoved = tuple(fields["unmoved"])
+        return cls(**{**fields, "cell": Cell(**fields["cell"]), "unmoved": unmoved})
 
     @property
     def complaint(self) -> str:
@@ -122,7 +131,7 @@ def train(cell: Cell) -> Record:
     tenth = max(1, len(losses) // 10)
     return Record(
         cell,
-        _scores(model, tasks, data.test),
+        scores(model, tasks, data.test),
         sum(p.numel() for p in start.values()),
         1e3 * median(seconds),
         fmean(losses[:tenth]),
@@ -160,7 +169,8 @@ def batches(data: Problem, seed: int, epoch: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _scores(model: MultiTaskModel, tasks: dict[str, Task], test: Split) -> dict[str, float]:
+def scores(model: MultiTaskModel, tasks: dict[str, Task], test: Split) -> dict[str, float]:
+    """Return the score of each task."""
     outputs = model.eval()(test.x)
     return {name: task.score(outputs[name], test.y[name]) for name, task in tasks.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Factory = Callable[[], nn.Module]
+Stages = tuple[Factory, Factory, Factory]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Problem:
     Args:
         tasks: What is learned, by name.
         train: Examples to learn from.
-        test: Examples to score on; nothing is chosen by them.
+        test: Examples to score on; nothing is chosen by them, unless they are for validation.
         batch: Examples per step.
         stages: Factories of the encoder's three stages.
         width: Numbers that a head reads.
@@ -68,14 +69,14 @@ class Problem:
     train: Split
     test: Split
     batch: int
-    stages: tuple[Factory, Factory, Factory]
+    stages: Stages
     width: int
 
     def head(self, task: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(self.width, self.tasks[task].classes or 1))
 
 
-def digits(seed: int) -> Problem:
+def digits(seed: int, validation: bool = False) -> Problem:
     """Make pictures of two overlapping digits; read the left one, the right one and their sum.
 
     A canvas of 8 x 13 pixels holds two of scikit-learn's 8 x 8 digits, the right one 5 pixels
@@ -84,10 +85,10 @@ def digits(seed: int) -> Problem:
     """
     data = load_digits()
     draw = np.random.default_rng(seed)
-    order = draw.permutation(len(data.images))
+    parts = divide(draw.permutation(len(data.images)), 1200, validation)
     train, test = (
         _pairs(data.images[some] / 16, data.target[some], n, draw)
-        for some, n in ((order[:1200], 1500), (order[1200:], 600))
+        for some, n in zip(parts, (1500, 600), strict=True)
     )
     known = (train.y["left"] + train.y["right"]).double()
     for split in (train, test):
@@ -98,16 +99,12 @@ def digits(seed: int) -> Problem:
         train,
         test,
         batch=64,
-        stages=(
-            lambda: nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()),
-            lambda: nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
-            lambda: nn.Sequential(nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU()),
-        ),
+        stages=cnn(8, 16, 16),
         width=16 * 2 * 4,
     )
 
 
-def tumours(seed: int) -> Problem:
+def tumours(seed: int, validation: bool = False) -> Problem:
     """Predict a diagnosis and three extremes of a tumour's cell nuclei from their mean features.
 
     Of the 30 columns of the breast cancer data the inputs are the ten means over the nuclei in a
@@ -119,38 +116,64 @@ def tumours(seed: int) -> Problem:
     data = load_breast_cancer()
     names = list(data.feature_names)
     order = np.random.default_rng(seed).permutation(len(data.data))
-    n_known = len(order) * 3 // 4
-    known = data.data[order[:n_known]]
+    parts = divide(order, len(order) * 3 // 4, validation)
+    known = data.data[parts[0]]
     columns = torch.tensor((data.data - known.mean(0)) / known.std(0), dtype=torch.float32)
     targets = {
         "diagnosis": torch.tensor(data.target),
         **{t: columns[:, names.index(f"worst {t}")] for t in ("texture", "smoothness", "symmetry")},
     }
     train, test = (
-        Split(columns[some, :10], {task: y[some] for task, y in targets.items()})
-        for some in (order[:n_known], order[n_known:])
+        Split(columns[some, :10], {task: y[some] for task, y in targets.items()}) for some in parts
     )
     return Problem(
         {"diagnosis": Task(2), "texture": Task(), "smoothness": Task(), "symmetry": Task()},
         train,
         test,
         batch=16,
-        stages=(
-            lambda: nn.Sequential(nn.Linear(10, 32), nn.ReLU()),
-            lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
-            lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
-        ),
+        stages=mlp(10, 32),
         width=32,
     )
 
 
-PROBLEMS: dict[str, Callable[[int], Problem]] = {"digits": digits, "tumours": tumours}
+PROBLEMS: dict[str, Callable[..., Problem]] = {"digits": digits, "tumours": tumours}
 
 
 @lru_cache
 def problem(name: str, seed: int) -> Problem:
     """Return a problem, split into training and test examples by the seed."""
     return PROBLEMS[name](seed)
+
+
+def divide(order: np.ndarray, n_known: int, validation: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Divide examples into those to learn from and those to score on.
+
+    Args:
+        order: All examples, shuffled.
+        n_known: How many are for training.
+        validation: Put those for testing aside, and score on the last quarter of the others.
+    """
+    if validation:
+        order, n_known = order[:n_known], n_known * 3 // 4
+    return order[:n_known], order[n_known:]
+
+
+def mlp(n_inputs: int, width: int) -> Stages:
+    """Return the three stages of an encoder of vectors."""
+    return (
+        lambda: nn.Sequential(nn.Linear(n_inputs, width), nn.ReLU()),
+        lambda: nn.Sequential(nn.Linear(width, width), nn.ReLU()),
+        lambda: nn.Sequential(nn.Linear(width, width), nn.ReLU()),
+    )
+
+
+def cnn(first: int, second: int, third: int) -> Stages:
+    """Return the three stages of an encoder of pictures; the last two halve their size."""
+    return (
+        lambda: nn.Sequential(nn.Conv2d(1, first, 3, padding=1), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(first, second, 3, stride=2, padding=1), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(second, third, 3, stride=2, padding=1), nn.ReLU()),
+    )
 
 
 def _pairs(images: np.ndarray, labels: np.ndarray, n: int, draw: np.random.Generator) -> Split:

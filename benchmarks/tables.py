@@ -37,13 +37,19 @@ def delta_m(
     return round(fmean(changes), 10)
 
 
+def made_by(command: str) -> str:
+    """Write how a table was made, and on what machine."""
+    versions = f"torch {torch.__version__}, scikit-learn {sklearn.__version__}"
+    return f"""\
+Made by `{command}` on {date.today()}: {os.cpu_count()} cores, CPU only ({platform.machine()}),
+Python {platform.python_version()}, {versions}."""
+
+
 def heading(command: str) -> str:
     """Write what the table is, how it was made, and on what machine."""
-    versions = f"torch {torch.__version__}, scikit-learn {sklearn.__version__}"
     return f"""# Rules and architectures
 
-Made by `{command}` on {date.today()}: {os.cpu_count()} cores, CPU only ({platform.machine()}),
-Python {platform.python_version()}, {versions}.
+{made_by(command)}
 
 Scores are those of held-out examples after the last epoch; nothing was selected or tuned, and every
 cell had the same number of epochs, the same batches and the same learning rate. Delta_m is the mean
@@ -70,9 +76,9 @@ def render(cells: Sequence[Cell], records: Records, *, timed: bool = True) -> st
         parts += [
             f"## {name}",
             "Delta_m by rule and architecture:",
-            _markdown(table.matrix()),
+            markdown(table.matrix()),
             "All cells:",
-            _markdown(table.lines(timed)),
+            markdown(table.lines(timed)),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -182,7 +188,8 @@ def _spread(values: Iterable[float], digits: int = 1) -> str:
     return f"{fmean(some):.{digits}f}{spread}"
 
 
-def _markdown(lines: Sequence[Line]) -> str:
+def markdown(lines: Sequence[Line]) -> str:
+    """Write a table; the first line is its head."""
     head, *body = lines
     rows = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,6 +14,7 @@ from benchmarks import cells as training
 from benchmarks import combinations
 from benchmarks.cells import ALONE, ARCHS, Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS, Task, problem
+from benchmarks.resume import read_records
 from benchmarks.tables import delta_m, render
 from gradbal import rule_names
 
@@ -21,7 +22,7 @@ TASKS = ["diagnosis", "texture", "smoothness", "symmetry"]
 CELLS = cells_of(["tumours"], ["HPS", "DSelectK"], ["dwa", "upgrad"], [0], 3)
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
@@ -121,19 +122,19 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(
     whole: dict[Cell, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cells.jsonl"
-    monkeypatch.setattr(combinations, "_attempt", killing(after=3))
+    monkeypatch.setattr(combinations, "train", killing(after=3))
     with pytest.raises(KilledError):
         combinations.run(CELLS, path, quiet=True)
     assert len(path.read_text().splitlines()) == 3
     with path.open("a") as file:  # killed in the middle of a line
         file.write(json.dumps({"cell": {"problem": "tumours"}})[:-3])
-    monkeypatch.setattr(combinations, "_attempt", killing(after=len(CELLS) - 3))
+    monkeypatch.setattr(combinations, "train", killing(after=len(CELLS) - 3))
     records, failures = combinations.run(CELLS, path, quiet=True)
     assert failures == {}
     assert timeless(records) == timeless(whole)
     assert table(records) == table(whole)
-    assert combinations.read_records(path) == records
-    monkeypatch.setattr(combinations, "_attempt", killing(after=0))
+    assert read_records(path, Record) == records
+    monkeypatch.setattr(combinations, "train", killing(after=0))
     assert combinations.run(CELLS, path, quiet=True)[0] == records
 
 
@@ -141,7 +142,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
     path.write_text("nonsense\n{}\n")
     with pytest.raises(ValueError, match=r"line 1 is no record; delete the line\.$"):
-        combinations.read_records(path)
+        read_records(path, Record)
 
 
 # ---------------------------------------------------------------------- failures
@@ -169,7 +170,7 @@ def test_cells_that_do_not_train_or_raise_are_told(
     arguments[-1] = str(tmp_path / "others.jsonl")
     assert combinations.main(arguments) == 1
     assert "FAILED tumours HPS ew seed 0: ZeroDivisionError: " in capsys.readouterr().err
-    assert combinations.read_records(tmp_path / "others.jsonl") == {}
+    assert read_records(tmp_path / "others.jsonl", Record) == {}
 
 
 # ---------------------------------------------------------------------- the table

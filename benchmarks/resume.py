@@ -1,0 +1,168 @@
+"""Cells trained in several processes, each kept as a line of a file as soon as it is finished."""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+C = TypeVar("C", bound=Hashable)  # what is trained; `str` names it
+R = TypeVar("R", bound=Any)  # a dataclass with the field `cell`, and the class method `read`
+
+
+def read_records(path: Path, kind: type[R]) -> dict[Any, R]:
+    """Return the finished cells in a file; a last line that was cut off is no cell.
+
+    Raises:
+        ValueError: If another line cannot be read.
+    """
+    records = {}
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is no record; delete the line.") from error
+        record = kind.read(fields)
+        records[record.cell] = record
+    return records
+
+
+def write_records(path: Path, records: Mapping[C, R]) -> None:
+    """Write a file anew, so that it ends with a whole line; a kill leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(_line(record) for record in records.values()))
+    fresh.replace(path)
+
+
+def run(
+    cells: Sequence[C],
+    path: Path,
+    train: Callable[[C], R],
+    kind: type[R],
+    *,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> tuple[dict[C, R], dict[C, str]]:
+    """Train the cells that a file does not hold yet, and add each to it when finished.
+
+    Args:
+        cells: What to train.
+        path: A file of JSON lines, one per finished cell.
+        train: Trains one cell; can be pickled if there are several processes.
+        kind: The class of the records.
+        jobs: Number of processes; 1 for this one alone.
+        quiet: Show no progress.
+
+    Returns:
+        What came out, earlier runs included, and for every cell that raised the reason.
+    """
+    records = read_records(path, kind)
+    write_records(path, records)
+    missing = [cell for cell in cells if cell not in records]
+    failures: dict[C, str] = {}
+    done = len(cells) - len(missing)
+    with (
+        path.open("a") as file,
+        tqdm(total=len(cells), initial=done, unit="cell", disable=quiet) as bar,
+    ):
+        for cell, result in _trained(missing, train, jobs):
+            bar.set_postfix_str(str(cell), refresh=False)
+            bar.update()
+            if isinstance(result, kind):
+                records[cell] = result
+                file.write(_line(result))
+                file.flush()
+            else:
+                failures[cell] = result
+    return {cell: records[cell] for cell in cells if cell in records}, failures
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what all commands take that train cells."""
+    parser.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
+    parser.add_argument(
+        "--out",
+        type=_lines,
+        default=Path(f"benchmarks/results/{name}.jsonl"),
+        help="finished cells, kept for the next run (default: %(default)s); the table goes beside",
+    )
+
+
+def positive(text: str) -> int:
+    """Read a number of at least one."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
+def _lines(text: str) -> Path:
+    if not text.endswith(".jsonl"):
+        raise argparse.ArgumentTypeError(f"must end in .jsonl, got {text}; the table goes beside")
+    return Path(text)
+
+
+def _trained(cells: Sequence[C], train: Callable[[C], R], jobs: int) -> Iterator[tuple[C, R | str]]:
+    """Yield the cells as they are finished."""
+    attempt = partial(_attempt, train)
+    if jobs == 1:
+        yield from ((cell, attempt(cell)) for cell in cells)
+        return
+    # a fork would inherit threads of torch in an unknown state
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent) as pool:
+        futures = {pool.submit(attempt, cell): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # else an interrupted run would go on to its end
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however it went."""
+    if (parent := parent_process()) is not None:
+        Thread(target=_await, args=(parent,), daemon=True).start()
+
+
+def _await(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _attempt(train: Callable[[C], R], cell: C) -> R | str:
+    """Return the record of a cell, or why there is none: one cell must not end the others."""
+    try:
+        with _quietly():
+            return train(cell)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out remarks on single cells."""
+    log = logging.getLogger("gradbal")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _line(record: object) -> str:
+    return json.dumps(asdict(record)) + "\n"  # type: ignore[call-overload]  # a dataclass
