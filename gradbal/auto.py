@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -163,7 +164,7 @@ def _pair(products: bool) -> tuple[str, str]:
 def _shape(plan: Plan) -> str:
     """Name what a choice depends on; sizes count in powers of two."""
     cut: Sequence[Any] = plan.cut
-    size = sum(edge.node._input_metadata[edge.output_nr].shape.numel() for edge in cut)
+    size = sum(prod(edge.node._input_metadata[edge.output_nr].shape) for edge in cut)
     return (
         f"{len(plan.tasks)} tasks, {len(plan.trunk)} parameters, 2^{size.bit_length()} at the cut"
     )

@@ -59,15 +59,16 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
         dtype = torch.float64
     total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
     exponent = torch.zeros((), dtype=torch.int32, device=rows.device)
-    if scaled and rows.numel():
-        largest = torch.stack(
-            [chunk.abs().amax() for chunk in torch.split(rows, CHUNK, dim=1)]
-        ).amax()
+    scaled = scaled and rows.numel() > 0
+    if scaled:
+        largest = torch.linalg.vector_norm(rows, float("inf"))
         exponent = torch.frexp(largest.double()).exponent
+        one = torch.ones((), dtype=dtype, device=rows.device)
+        halves = [torch.ldexp(one, -(exponent // 2)), torch.ldexp(one, exponent // 2 - exponent)]
     for chunk in torch.split(rows, CHUNK, dim=1):
         chunk = chunk.to(dtype)
         if scaled:
-            chunk = torch.ldexp(torch.ldexp(chunk, -(exponent // 2)), exponent // 2 - exponent)
+            chunk = (chunk * halves[0]).mul_(halves[1])
         total += (chunk @ chunk.T).double()
     return torch.ldexp(total, 2 * exponent)
 
