@@ -91,16 +91,24 @@ def explaining_donation() -> Iterator[None]:
 
 @contextmanager
 def replacing_grads(params: Sequence[Tensor], fresh: bool) -> Iterator[None]:
-    """With ``fresh``, take all gradients away first; if what follows fails, put them back."""
-    old = [param.grad for param in params] if fresh else []
-    for param, _ in zip(params, old, strict=False):
-        param.grad = None
+    """With ``fresh``, clear all gradients first, and again if what follows fails.
+
+    Their memory is free for the new ones, as after ``zero_grad``.
+    """
+    if not fresh:
+        yield
+        return
+    _clear(params)
     try:
         yield
     except BaseException:
-        for param, grad in zip(params, old, strict=False):
-            param.grad = grad
+        _clear(params)
         raise
+
+
+def _clear(params: Sequence[Tensor]) -> None:
+    for param in params:
+        param.grad = None
 
 
 def fill(params: Sequence[Tensor], value: float | None) -> None:

@@ -2,6 +2,8 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -332,6 +334,8 @@ class Descent:
         """Go down through heads and trunk, giving every row to the sink."""
         top, keep = segment.top, segment.retain_graph
         cotangents = descend(plan, self.params, seeds, heads, sink, edges=top, retain_graph=keep)
+        if _entries(top) <= sum(param.numel() for param in segment.params):
+            cotangents = iter(list(cotangents))  # heads first: what a pass needs stays in the cache
         for rows in self.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 
@@ -369,3 +373,8 @@ class Descent:
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
         groups = dict(sorted(found.items()))
         return TaskGradients(tasks, heads, sink, groups, self.roles.eps(shared), n_batches)
+
+
+def _entries(edges: Sequence[Any]) -> int:
+    """Return the number of entries of the gradients that arrive at some edges."""
+    return sum(prod(edge.node._input_metadata[edge.output_nr].shape) for edge in edges)

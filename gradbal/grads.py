@@ -1,6 +1,8 @@
 """Writing directions into ``.grad``."""
 
 from collections.abc import Mapping, Sequence
+from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,11 +10,14 @@ from torch import Tensor
 from gradbal.blocks import place_of
 from gradbal.gram import added
 
+HOLDERS = 3  # of a gradient in the loop below: the mapping, a variable, the question itself
+
 
 class Writer:
     """Write into ``.grad`` as ``loss.backward()`` would: add, in the strides of the parameter.
 
-    Storage for gradients is kept from step to step and used whenever a parameter has no ``.grad``.
+    Storage for gradients is kept from step to step and used whenever a parameter has no ``.grad``,
+    unless the gradient is nobody else's; then it becomes ``.grad`` itself, as in torch.
     """
 
     def __init__(self) -> None:
@@ -33,8 +38,9 @@ class Writer:
         dense: list[Tensor] = []
         fresh: list[Tensor] = []
         copies: list[Tensor] = []
-        for number, grad in grads.items():
-            param = params[number]
+        taken: set[int] = set()
+        for number in grads:
+            param, grad = params[number], grads[number]
             old = param.grad
             if grad.is_sparse or (old is not None and old.is_sparse):
                 param.grad = grad.clone() if old is None else added(old, grad)
@@ -43,6 +49,9 @@ class Writer:
                 dense.append(grad)
             else:
                 place = lent.get(number)
+                if place is None and getrefcount(grad) == HOLDERS and _fits(grad, param, taken):
+                    param.grad = grad
+                    continue
                 if place is None:
                     place = self._buffer(number, param)
                 if place is not grad:
@@ -59,3 +68,18 @@ class Writer:
         if buffer is None or place_of(buffer) != place_of(param):
             buffer = self.buffers[number] = torch.empty_like(param, requires_grad=False)
         return buffer
+
+
+def _fits(grad: Any, param: Tensor, taken: set[int]) -> bool:  # torch's stub lacks _use_count
+    """Say whether a gradient that nobody else holds can become ``.grad`` as it is.
+
+    Args:
+        grad: The gradient.
+        param: The parameter.
+        taken: Storages that have been used so; this one joins them.
+    """
+    storage = grad.untyped_storage()._cdata
+    if storage in taken or grad._use_count() > 1 or place_of(grad) != place_of(param):
+        return False
+    taken.add(storage)
+    return True

@@ -12,6 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK = 2**20  # columns that are converted at a time
+PIECE = 2**16  # columns that stay in a CPU's cache meanwhile
 TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
 
 
@@ -52,7 +53,8 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     """
     if rows.is_complex():  # the inner product is the real part of the complex one
         rows = torch.view_as_real(rows).flatten(1)
-    if not scaled and _is_plain(rows):
+    size = PIECE if rows.device.type == "cpu" else CHUNK
+    if not scaled and _is_plain(rows) and (rows.shape[1] <= size or size == CHUNK):
         return (rows @ rows.T).double()
     dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
     if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
@@ -65,7 +67,7 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
         exponent = torch.frexp(largest.double()).exponent
         one = torch.ones((), dtype=dtype, device=rows.device)
         halves = [torch.ldexp(one, -(exponent // 2)), torch.ldexp(one, exponent // 2 - exponent)]
-    for chunk in torch.split(rows, CHUNK, dim=1):
+    for chunk in torch.split(rows, size, dim=1):
         chunk = chunk.to(dtype)
         if scaled:
             chunk = (chunk * halves[0]).mul_(halves[1])

@@ -69,11 +69,9 @@ class Represented(GramOnly):
 
     def gram(self, group: str = "", *, scaled: bool = False) -> Tensor:
         """Return the Gram matrix of the representation's gradients, shape ``[m, m]``, float64."""
-        parts = []
-        for slot in self.slots:
-            rows = [self._row(values, slot) for values in self.held]
-            if (filled := stacked(rows)) is not None:
-                parts.append(gram_matrix(filled, scaled=scaled))
+        rows = [[self._row(values, slot) for values in self.held] for slot in self.slots]
+        filled = [stack for row in rows if (stack := stacked(row)) is not None]
+        parts = [gram_matrix(stack, scaled=scaled) for stack in filled]
         if not parts:  # one task alone: there is no cut
             parts = [
                 sparse_gram(rows)
