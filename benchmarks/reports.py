@@ -1,6 +1,7 @@
 """What the benchmarks of steps share: their command line, and the files that they write."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -48,8 +49,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     words = sys.argv[1:] if argv is None else argv
     given.command = " ".join([parser.prog, *words])
     torch.set_num_threads(given.threads)
+    kept = given.device.type == "cpu" and keep_freed_memory()
+    given.memory = ", freed memory kept by the process" if kept else ""
     warnings.filterwarnings("ignore", "There is a performance drop")  # the figures show it
     return given
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep what it frees, so that no step waits for another's pages (glibc).
+
+    Otherwise up to a third of a step's time is the system's, handing the same pages out anew, and
+    who is hit by it changes with the order of the contestants.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return False
+    trim_threshold, largest_number_of_mappings = -1, -4
+    kept = library.mallopt(trim_threshold, 2**31 - 1)
+    return bool(kept and library.mallopt(largest_number_of_mappings, 0))
 
 
 def facts(given: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +78,7 @@ def facts(given: argparse.Namespace) -> dict[str, Any]:
         known["TorchJD"] = "not installed"
     if given.device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        machine = f"{platform.machine()} with {capability}, {os.cpu_count()} cores"
+        machine = f"{platform.machine()} with {capability}, {os.cpu_count()} cores{given.memory}"
     else:
         machine = torch.get_device_module(given.device).get_device_name(given.device)
     return {

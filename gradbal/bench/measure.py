@@ -14,7 +14,7 @@ from torch.autograd.profiler import profile, record_function
 Step = Callable[[], object]
 Maker = Callable[[], Step]  # builds a model with all that belongs to it, and returns its step
 
-WARMUP, ROUNDS = 4, 5  # steps before the first that counts; fewest rounds
+WARMUP, ROUNDS = 8, 5  # steps before the first that counts, enough for Auto; fewest rounds
 _BUILD, _PEAK = "gradbal::build", "gradbal::peak"
 
 
