@@ -178,6 +178,12 @@ def _cost(
         return "A step costs one ordinary pass."
     if isinstance(descent.engine, Representation):
         return f"A step costs {m} passes through the heads and one through the trunk."
+    if not descent.engine.keeps:
+        return f"A step costs {m} passes through the trunk, piece by piece, and one through all."
+    if descent.roles.some:
+        return (
+            f"A step costs {m} passes down to the parameters in `gram_over`, and one through all."
+        )
     size = 0
     for number in shared:
         param, layer = descent.params[number], products.get(number)

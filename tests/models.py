@@ -247,7 +247,7 @@ class Deep(nn.Module):
                 parameter.copy_(data(*parameter.shape, seed=i) / width**0.5)
 
     def losses(self) -> list[Tensor]:
-        z = data(self.batch, self.layers[0].in_features)
+        z = data(self.batch, self.layers[0].in_features).to(self.layers[0].weight)
         for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
             z = z + second(first(z).tanh())
         return [square(head(z) - k) for k, head in enumerate(self.heads)]

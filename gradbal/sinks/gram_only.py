@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal.blocks import MODEL
 from gradbal.crossing import Cotangent, Rows, RowStream
-from gradbal.gram import gram_matrix, sparse_gram, stacked
+from gradbal.gram import gram_matrix, needs_scaling, sparse_gram, stacked
 from gradbal.sinks.apart import summed, weighted
 from gradbal.sinks.keep import Keep
 
@@ -149,13 +149,25 @@ class Streamed(GramOnly):
                 values = [v if v is None or task is at else v[i] for v in found.below]
                 below.append(Cotangent(task, values, task == n - 1))
         self.piece.close()
-        self.grams.append(self.piece.gram(MODEL, scaled=True))
+        self.grams.append(self._guarded(self.piece))
         self.piece.sparse.clear()
         return (below.popleft() for _ in range(n))
 
     def gram(self, group: str, *, scaled: bool = False) -> Tensor:
-        """Return the Gram matrix, shape ``[m, m]``, float64; always protected, as rows are gone."""
-        return summed([*self.grams, self.beside.gram(group, scaled=True)])
+        """Return the Gram matrix, shape ``[m, m]``, float64."""
+        return summed([*self.grams, self._guarded(self.beside)])
+
+    @staticmethod
+    def _guarded(rows: Keep) -> Tensor:
+        """Return inner products that are protected if they must be, while the rows are there.
+
+        On a CPU that can be seen; elsewhere it would take a trip to the host for every piece.
+        """
+        if all(block.rows.device.type == "cpu" for block in rows.blocks):
+            gram = rows.gram(MODEL)
+            if not needs_scaling(gram.diagonal().tolist()):
+                return gram
+        return rows.gram(MODEL, scaled=True)
 
     def direction(self, weights: Tensor) -> dict[int, Tensor]:
         """Return the weighted sum of the cotangents, and of the rows beside the trunk."""

@@ -10,6 +10,7 @@ from graph_cases import CASES
 from models import (
     Counted,
     Deep,
+    Inverse,
     Toy,
     assert_same,
     data,
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
 from gradbal import aggregate, engines
+from gradbal.bench.measure import peaks
 from gradbal.pieces import split
 
 ENGINES = {
@@ -130,6 +132,37 @@ def test_what_is_kept_does_not_grow_with_depth(real_pieces: None) -> None:
         assert not descent.keep.blocks
         kept.append([len(rows) for rows in descent.workspace.kept.values()])
     assert kept[0] == kept[1]
+
+
+def test_the_peak_does_not_grow_with_tasks_times_parameters(real_pieces: None) -> None:
+    """Twice as deep, the step holds more parameters and states of the base, and no more rows."""
+
+    def beyond(depth: int, engine: str) -> int:
+        def make(name: str) -> Callable[[], object]:
+            model = Deep(depth, width=64, n_tasks=8)
+            optimizer = wrapped(model, name, engine=engine, lr=0.0)
+            return lambda: optimizer.step(model.losses())
+
+        plain, ours = peaks([lambda: make("ew"), lambda: make("upgrad")], torch.device("cpu"))
+        return ours - plain
+
+    row = 2 * 64 * 65 * 8  # bytes of one task's gradients of one level
+    assert beyond(16, "streaming") - beyond(8, "streaming") < row
+    assert beyond(16, "sequential") - beyond(8, "sequential") > 7 * 8 * row
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1.0, 1e15, 1e18])
+def test_gradients_of_any_length_in_single_precision(scale: float) -> None:
+    """Inner products that would under- or overflow are found while the rows are there."""
+    found = []
+    for engine in ("streaming", "sequential"):
+        model = Deep(2).float()
+        losses = [loss.float() * scale for loss in model.losses()]
+        optimizer = wrapped(model, Inverse(), engine=engine, heads="plain")
+        optimizer.backward(losses)
+        assert optimizer.last is not None
+        found.append([gram / scale**2 for gram in optimizer.last.grams.values()])
+    assert_same(*found, 1e-4)
 
 
 def test_passes(real_pieces: None) -> None:
