@@ -1,6 +1,5 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
-import weakref
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -9,21 +8,16 @@ from torch import Tensor
 
 from gradbal import crossing
 from gradbal.aside import Aside
-from gradbal.auto import Chooser
 from gradbal.blocks import BESIDE, MODEL, Workspace
-from gradbal.core import Core
 from gradbal.crossing import Segment, pull
-from gradbal.crossing.segment import Crossing
 from gradbal.decision import Decision
-from gradbal.engines import Engine, Representation
-from gradbal.graph import Plan, make_plan, members
+from gradbal.engines import Representation
+from gradbal.graph import Plan, members
 from gradbal.heads import Heads, Sink, descend
-from gradbal.log import Log
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
-from gradbal.phases import phase
-from gradbal.representation import boundary, check_marks, represented, watch
-from gradbal.roles import Roles
+from gradbal.planner import Planner
+from gradbal.representation import boundary, represented
 from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
 from gradbal.task_gradients import AnySink, TaskGradients
 
@@ -32,33 +26,12 @@ class Descent:
     """Compute task gradients. Holds what is reused from step to step and nothing that is saved.
 
     Args:
-        roles: What the parameters are.
-        engine: How cotangents are taken down.
-        chooser: Chooses the engine for every batch; None to use always the same.
-        norms_only: Whether the rule looks at the lengths of task gradients alone.
+        planner: Plans the way.
     """
 
-    def __init__(
-        self,
-        roles: Roles,
-        engine: Engine,
-        chooser: Chooser | None = None,
-        *,
-        norms_only: bool = False,
-    ) -> None:
-        self.roles, self.chooser = roles, chooser
-        self.crossings: dict[Engine, Crossing] = {}
-        self.use(engine)
+    def __init__(self, planner: Planner) -> None:
+        self.planner, self.roles = planner, planner.roles
         self.keep, self.workspace = Keep(), Workspace()
-        self.log, self.seed = Log(), 0
-        self.walked = self.hidden = self.foreign = False
-        modules = engine.modules if isinstance(engine, Representation) else ()
-        self.n_modules = len(modules)
-        self.tag = object() if modules else None
-        for hook in watch(modules, self.tag):
-            weakref.finalize(self, hook.remove)  # the modules outlive their optimizers
-        self.pool = isinstance(engine, Representation) and engine.pool is not None
-        self.mixed = norms_only or self.pool
 
     @property
     def params(self) -> list[Tensor]:
@@ -71,67 +44,6 @@ class Descent:
         if moved is not None:
             self.keep = Keep()
         return moved
-
-    def use(self, engine: Engine) -> None:
-        """Go on with an engine."""
-        self.engine = engine
-        if engine not in self.crossings:
-            self.crossings[engine] = engine.crossing()
-        self.crossing = self.crossings[engine]
-
-    def choose(self, core: Core, plan: Plan, *, whole: bool) -> None:
-        """Choose the engine for a batch, if it is not always the same.
-
-        Args:
-            core: Knows what has been settled.
-            plan: The plan.
-            whole: Whether the batch stands alone, so that its gradients may be dropped.
-        """
-        if self.chooser is not None:
-            streams = whole and not self.roles.some
-            core.choice, engine = self.chooser.choose(
-                core.choice, plan, self.params, streams=streams
-            )
-            self.use(engine)
-
-    def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
-        """Walk the graph.
-
-        Args:
-            batch: The present losses.
-            known: Tasks that reached each parameter in earlier steps.
-            found: Cut where the graphs meet, also if the engine names modules.
-
-        Raises:
-            ValueError: If the losses reach no parameter of the optimizer.
-            RuntimeError: If the engine looks at a representation and there is none.
-        """
-        tag = None if found else self.tag
-        looks = isinstance(self.engine, Representation) and not found
-        with phase("plan"):
-            plan = make_plan(
-                batch.edges,
-                batch.tasks,
-                self.roles.index,
-                known=known,
-                shared=self.roles.named,
-                tag=tag,
-            )
-        if not plan.reached and not plan.hidden:
-            raise ValueError(
-                "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
-                "the parameters of the model that made them."
-            )
-        if tag is not None:
-            check_marks(plan, self.n_modules, mixed=self.mixed)
-        elif looks and not plan.cut and sum(map(bool, plan.above)) > 1:
-            raise RuntimeError(
-                "Representation: the tasks' graphs meet in parameters only, so there is no "
-                "representation to look at; name a module or choose another engine."
-            )
-        self.log.about(plan)
-        self.walked, self.hidden, self.foreign = True, plan.hidden, plan.foreign > 0
-        return plan
 
     def gather(
         self,
@@ -157,23 +69,24 @@ class Descent:
             retain_graph: Keep the graph.
             further: Plans and losses of further batches with the same tasks.
         """
-        heads, shared = Heads(), self.roles.shared(known)
+        heads, shared, engine = Heads(), self.roles.shared(known), self.planner.engine
+        whole = engine.keeps and not self.roles.some
+        if further and not whole:
+            raise ValueError(
+                f"{type(engine).__name__}: task gradients of different batches cannot be compared "
+                "at a representation, in a stream or over chosen modules; choose another engine, "
+                "such as Sequential, without `gram_over`."
+            )
         sink: AnySink
-        if at_cut or isinstance(self.engine, Representation):
+        if at_cut or isinstance(engine, Representation):
             sink = self._represent(plan, batch.seeds(scale), heads, at_cut, retain_graph)
-        elif self.engine.keeps and not self.roles.some:
+        elif whole:
             pairs = [(plan, batch), *further]
             seeds = [losses.seeds(scale) for _, losses in pairs]
             plans = [one for one, _ in pairs]
             sink = self._keep(plans, seeds, heads, shared, n_rows, retain_graph)
         else:
             sink = self._stream(plan, batch.seeds(scale), heads, shared, n_rows, retain_graph)
-        if further and not isinstance(sink, Keep):
-            raise ValueError(
-                f"{type(self.engine).__name__}: task gradients of different batches cannot be "
-                "compared at a representation, in a stream or over chosen modules; choose another "
-                "engine, such as Sequential, without `gram_over`."
-            )
         return self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
 
     def _represent(
@@ -185,7 +98,7 @@ class Descent:
         retain_graph: bool,
     ) -> Represented:
         """Go down through the heads only."""
-        sink = represented(plan, len(self.params), pool=self.pool and not at_cut)
+        sink = represented(plan, len(self.params), pool=self.planner.pool and not at_cut)
         edges = boundary(plan)
         keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk
         for _ in sink.holding(
@@ -206,7 +119,8 @@ class Descent:
         """Go down through the whole trunk of every batch and keep the rows."""
         sink, last = self.keep, len(plans) - 1  # batches may come from one forward pass
         segments = [
-            self.trunk(one, retain_graph=retain_graph or i < last) for i, one in enumerate(plans)
+            self.planner.trunk(one, retain_graph=retain_graph or i < last)
+            for i, one in enumerate(plans)
         ]
         apart = set[int]()
         for one, segment in zip(plans, segments, strict=True):
@@ -242,14 +156,14 @@ class Descent:
             )
         )
         sizes = {n: self.params[n].numel() for n in plan.trunk if group[n] == MODEL}
-        pieces = self.engine.pieces(plan.cut, self.roles.index, sizes) if sizes else []
+        pieces = self.planner.engine.pieces(plan.cut, self.roles.index, sizes) if sizes else []
         for top, bottom, numbers in pieces:
             params = [self.params[number] for number in numbers]
             segment = Segment(top, params, True, bottom=bottom, numbers=numbers)
-            layers = self.engine.layers(segment, m, self.seed)
+            layers = self.planner.engine.layers(segment, m, self.planner.seed)
             segment = segment._replace(layers=layers, hooked=top is plan.cut)
             apart = plan.sparse.union(numbers[i] for i in layers)
-            rows = sink.meet(numbers, apart, self.crossing(segment, rows))
+            rows = sink.meet(numbers, apart, self.planner.crossing(segment, rows))
         for _ in rows:
             pass
         self.keep.close()
@@ -263,13 +177,13 @@ class Descent:
         Raises:
             RuntimeError: If the engine makes no rows.
         """
-        if isinstance(self.engine, Representation):
+        if isinstance(self.planner.engine, Representation):
             raise RuntimeError(
                 "Representation: its rows belong to the inputs of one batch, so they cannot be "
                 "accumulated; use Sequential or Batched."
             )
         heads, aside = Heads(), Aside(batch.tasks, plan.reached)
-        segment = self.trunk(plan, retain_graph=retain_graph)
+        segment = self.planner.trunk(plan, retain_graph=retain_graph)
         self._cross(plan, segment, batch.seeds(scale), heads, aside)
         for task, grads in zip(batch.tasks, heads.grads, strict=True):
             for number, grad in grads.items():
@@ -320,14 +234,6 @@ class Descent:
             shared = {n: g for n, g in shared.items() if n < len(self.params)} | pulled
         return out | shared
 
-    def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
-        """Return the trunk of one batch, as it is to be gone through."""
-        top = plan.cut if plan.trunk else ()
-        params = [self.params[number] for number in plan.trunk]
-        segment = Segment(top, params, retain_graph, numbers=plan.trunk)
-        layers = self.engine.layers(segment, len(plan.tasks), self.seed)
-        return segment._replace(layers=layers)
-
     def _cross(
         self, plan: Plan, segment: Segment, seeds: Sequence[Tensor | None], heads: Heads, sink: Sink
     ) -> None:
@@ -336,7 +242,7 @@ class Descent:
         cotangents = descend(plan, self.params, seeds, heads, sink, edges=top, retain_graph=keep)
         if _entries(top) <= sum(param.numel() for param in segment.params):
             cotangents = iter(list(cotangents))  # heads first: what a pass needs stays in the cache
-        for rows in self.crossing(segment, cotangents):
+        for rows in self.planner.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
 
     def _pull(

@@ -46,8 +46,9 @@ class Flow:
 
     def __init__(self, core: Core, options: Options, descent: Descent) -> None:
         self.core, self.options, self.descent = core, options, descent
+        self.planner = descent.planner
         self.learning = Learning(
-            core, descent.roles.base, options.learned_lr, descent.log.tell_once
+            core, descent.roles.base, options.learned_lr, descent.planner.log.tell_once
         )
         self.writer = Writer()
         self.last: StepRecord | None = None
@@ -89,8 +90,8 @@ class Flow:
                 self._commit(decision, found.tasks, seen, call)
             core.sets = found.known
             core.discard()
-            if self.descent.chooser is not None:
-                self.descent.chooser.stop()
+            if self.planner.chooser is not None:
+                self.planner.chooser.stop()
             return True
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, list[int]]:
@@ -172,14 +173,14 @@ class Flow:
         undo: Callable[[], None],
     ) -> bool:
         """Take the weighted losses down in one ordinary pass."""
-        descent = self.descent
-        if not descent.walked or descent.foreign:  # else there is nothing to find out
-            descent.plan(batch, self.core.sets, found=True)
+        planner, params = self.planner, self.descent.params
+        if not planner.walked or planner.foreign:  # else there is nothing to find out
+            planner.plan(batch, self.core.sets, found=True)
         self._start_anew(call)
         weights = decision.shared[MODEL]
-        with phase("backward"), replacing_grads(descent.params, fresh=call.fresh):
-            only_ours = descent.foreign and not descent.hidden
-            finite = pass_once(descent.params, batch, weights, scale, call, only_ours=only_ours)
+        with phase("backward"), replacing_grads(params, fresh=call.fresh):
+            only_ours = planner.foreign and not planner.hidden
+            finite = pass_once(params, batch, weights, scale, call, only_ours=only_ours)
         if finite:
             self._commit(decision, batch.tasks, Survey({}, batch.values, None, []), call)
         else:  # the scaler will leave the step out
@@ -232,7 +233,7 @@ class Flow:
     def read(self, losses: Losses) -> Batch:
         """Bring the losses into one form and give each task its number."""
         self.options.check_processes()
-        self.descent.seed = mix(self.core.seed, self.core.solved)
+        self.planner.seed = mix(self.core.seed, self.core.solved)
         moved = self.descent.refresh()
         if moved is not None:
             self.core.renumber(moved)
@@ -249,7 +250,7 @@ class Flow:
         """Bring further batches into form; closures stay for rules that look ahead."""
         core, found = self.core, []
         if not call.more and max(core.rule.batches) > 1:
-            self.descent.log.tell_once(
+            self.planner.log.tell_once(
                 "one batch",
                 f"{type(core.rule).__name__} can compare independent batches and got one, which "
                 "biases its weights; pass their losses as `step(losses, second)` or "

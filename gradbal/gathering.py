@@ -73,7 +73,7 @@ def gather(
     Returns:
         None if this batch is put aside, too.
     """
-    plans = [descent.plan(losses, core.sets, found=at_cut) for losses in (batch, *further)]
+    plans = [descent.planner.plan(losses, core.sets, found=at_cut) for losses in (batch, *further)]
     plan = plans[0]
     if any(plan.hidden for plan in plans):
         raise RuntimeError(
@@ -82,7 +82,7 @@ def gather(
         )
     if not at_cut:
         in_parts = call.accumulate or further or bool(core.pending)
-        descent.choose(core, plan, whole=not in_parts)
+        descent.planner.choose(core, plan, whole=not in_parts)
     known = core.sets
     for one in plans:
         known = _united(known, one.reached)

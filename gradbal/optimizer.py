@@ -17,6 +17,7 @@ from gradbal.descent import Descent
 from gradbal.engines import Auto, Engine, make_engine
 from gradbal.flow import Flow
 from gradbal.losses import Losses
+from gradbal.planner import Planner
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
 from gradbal.roles import Roles
@@ -269,12 +270,13 @@ class MTLOptimizer(WrappedOptimizer):
             self.gram_over,
             everything=getattr(self.core.rule, "probes", False),
         )
-        descent = Descent(
+        planner = Planner(
             roles,
             self.engine,
             self._chooser() if isinstance(self.engine, Auto) else None,
             norms_only=getattr(self.core.rule, "norms_only", False),
         )
+        descent = Descent(planner)
         self._flow = Flow(self.core, self.options, descent)
         self._needs_closure = needs_closure(self.base)
 

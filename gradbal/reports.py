@@ -42,7 +42,7 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
     Raises:
         RuntimeError: If one is more than rounding.
     """
-    plan = descent.plan(batch, core.sets, found=True)
+    plan = descent.planner.plan(batch, core.sets, found=True)
     numbers = sorted(plan.reached)
     params = [descent.params[number] for number in numbers]
 
@@ -83,8 +83,8 @@ def _eps(batch: Batch) -> float:
 
 def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[int, Tensor]]:
     """Return the task gradients as the engine computes them, by parameter and task."""
-    plan = descent.plan(batch, core.sets)
-    if descent.engine.keeps and not descent.roles.some:
+    plan = descent.planner.plan(batch, core.sets)
+    if descent.planner.engine.keeps and not descent.roles.some:
         return descent.rows(plan, batch, None, retain_graph=True)
     known = dict(plan.reached)
     rows: dict[int, dict[int, Tensor]] = {}
@@ -121,16 +121,16 @@ def _dense(grad: Tensor | None) -> Tensor:
 @torch.no_grad()
 def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
     """Say in words what is shared, where the cut is, and what a step costs."""
-    rule, engine = core.rule, descent.engine
+    rule, engine = core.rule, descent.planner.engine
     lines = [f"Rule {type(rule).__name__}: looks at {_looks_at(rule)}."]
-    if descent.chooser is None:
+    if descent.planner.chooser is None:
         lines.append(f"Engine {type(engine).__name__}.")
     if batch is None:
         lines.append("Pass the losses of one batch to learn what is shared and what a step costs.")
         return "\n".join(lines)
-    plan = descent.plan(batch, core.sets, found=descent.tag is None)
-    if descent.chooser is not None:
-        descent.choose(core, plan, whole=True)
+    plan = descent.planner.plan(batch, core.sets, found=descent.planner.tag is None)
+    if descent.planner.chooser is not None:
+        descent.planner.choose(core, plan, whole=True)
         lines.append(explained(core.choice, plan))
     m = len(batch.tasks)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
@@ -152,7 +152,7 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         if edges
         else "Cut: none; the graphs meet in parameters only, or not at all."
     )
-    layers = descent.trunk(plan, retain_graph=True).layers
+    layers = descent.planner.trunk(plan, retain_graph=True).layers
     products = {plan.trunk[i]: layer for i, layer in layers.items()}
     lines.append(_cost(descent, rule, m, shared, products))
     return "\n".join(lines)
@@ -176,9 +176,9 @@ def _cost(
 ) -> str:
     if isinstance(rule, LossRule):
         return "A step costs one ordinary pass."
-    if isinstance(descent.engine, Representation):
+    if isinstance(descent.planner.engine, Representation):
         return f"A step costs {m} passes through the heads and one through the trunk."
-    if not descent.engine.keeps:
+    if not descent.planner.engine.keeps:
         return f"A step costs {m} passes through the trunk, piece by piece, and one through all."
     if descent.roles.some:
         return (

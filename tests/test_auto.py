@@ -49,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def used(optimizer: Any) -> engines.Engine:
-    engine: engines.Engine = optimizer._flow.descent.engine
+    engine: engines.Engine = optimizer._flow.descent.planner.engine
     return engine
 
 

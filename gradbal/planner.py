@@ -1,0 +1,120 @@
+"""What is planned before going down: where the tasks meet, and with which engine to go."""
+
+import weakref
+from collections.abc import Mapping
+
+from gradbal.auto import Chooser
+from gradbal.core import Core
+from gradbal.crossing import Segment
+from gradbal.crossing.segment import Crossing
+from gradbal.engines import Engine, Representation
+from gradbal.graph import Plan, make_plan
+from gradbal.log import Log
+from gradbal.losses import Batch
+from gradbal.phases import phase
+from gradbal.representation import check_marks, watch
+from gradbal.roles import Roles
+
+
+class Planner:
+    """Walk the graph, choose the engine, and tell what is remarkable.
+
+    Args:
+        roles: What the parameters are.
+        engine: How cotangents are taken down.
+        chooser: Chooses the engine for every batch; None to use always the same.
+        norms_only: Whether the rule looks at the lengths of task gradients alone.
+
+    Attributes:
+        engine: The engine in use.
+        crossing: How it goes through a segment.
+        seed: Of what is drawn in this step.
+        walked: Whether a graph has been seen.
+        hidden: Whether a reentrant checkpoint hid a part of the newest one.
+        foreign: Whether parameters of no group were met there.
+    """
+
+    def __init__(
+        self, roles: Roles, engine: Engine, chooser: Chooser | None, *, norms_only: bool
+    ) -> None:
+        self.roles, self.chooser = roles, chooser
+        self.crossings: dict[Engine, Crossing] = {}
+        self.use(engine)
+        self.log, self.seed = Log(), 0
+        self.walked = self.hidden = self.foreign = False
+        modules = engine.modules if isinstance(engine, Representation) else ()
+        self.n_modules = len(modules)
+        self.tag = object() if modules else None
+        for hook in watch(modules, self.tag):
+            weakref.finalize(self, hook.remove)  # the modules outlive their optimizers
+        self.pool = isinstance(engine, Representation) and engine.pool is not None
+        self.mixed = norms_only or self.pool
+
+    def use(self, engine: Engine) -> None:
+        """Go on with an engine."""
+        self.engine = engine
+        if engine not in self.crossings:
+            self.crossings[engine] = engine.crossing()
+        self.crossing = self.crossings[engine]
+
+    def choose(self, core: Core, plan: Plan, *, whole: bool) -> None:
+        """Choose the engine for a batch, if it is not always the same.
+
+        Args:
+            core: Knows what has been settled.
+            plan: The plan.
+            whole: Whether the batch stands alone, so that its gradients may be dropped.
+        """
+        if self.chooser is not None:
+            streams = whole and not self.roles.some
+            core.choice, engine = self.chooser.choose(
+                core.choice, plan, self.roles.params, streams=streams
+            )
+            self.use(engine)
+
+    def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
+        """Walk the graph.
+
+        Args:
+            batch: The present losses.
+            known: Tasks that reached each parameter in earlier steps.
+            found: Cut where the graphs meet, also if the engine names modules.
+
+        Raises:
+            ValueError: If the losses reach no parameter of the optimizer.
+            RuntimeError: If the engine looks at a representation and there is none.
+        """
+        tag = None if found else self.tag
+        looks = isinstance(self.engine, Representation) and not found
+        with phase("plan"):
+            plan = make_plan(
+                batch.edges,
+                batch.tasks,
+                self.roles.index,
+                known=known,
+                shared=self.roles.named,
+                tag=tag,
+            )
+        if not plan.reached and not plan.hidden:
+            raise ValueError(
+                "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
+                "the parameters of the model that made them."
+            )
+        if tag is not None:
+            check_marks(plan, self.n_modules, mixed=self.mixed)
+        elif looks and not plan.cut and sum(map(bool, plan.above)) > 1:
+            raise RuntimeError(
+                "Representation: the tasks' graphs meet in parameters only, so there is no "
+                "representation to look at; name a module or choose another engine."
+            )
+        self.log.about(plan)
+        self.walked, self.hidden, self.foreign = True, plan.hidden, plan.foreign > 0
+        return plan
+
+    def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
+        """Return the trunk of one batch, as it is to be gone through."""
+        top = plan.cut if plan.trunk else ()
+        params = [self.roles.params[number] for number in plan.trunk]
+        segment = Segment(top, params, retain_graph, numbers=plan.trunk)
+        layers = self.engine.layers(segment, len(plan.tasks), self.seed)
+        return segment._replace(layers=layers)
