@@ -147,8 +147,9 @@ class Descent:
         self.roles.check_counted(shared, plan.reached)
         beside = {n: group[n] for n in sorted({n for above in plan.above for n in above})}
         self.keep.open(self.params, beside, plan.sparse, n_rows, m)
+        piece = Keep(self.workspace)
         sink = Streamed(
-            m, len(plan.cut), len(self.params), self.params, self.keep, Keep(self.workspace)
+            m, len(plan.cut), len(self.params), self.params, self.keep, piece, self.planner.reads
         )
         rows = sink.holding(
             descend(

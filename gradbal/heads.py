@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradbal.crossing import Cotangent, Rows
+from gradbal.crossing import Cotangent, Rows, Segment, pull
 from gradbal.gram import added
 from gradbal.graph import Boundary, Plan
 
@@ -67,17 +67,18 @@ def descend(
         retain_graph: Keep all of the graph; else each head's part goes at once, if it is its own.
     """
     last, below = len(plan.roots) - 1, bool(plan.trunk)
+    passing = not plan.apart or len(edges) > len(plan.cut)  # something wanted may lie below an edge
     for task, root in enumerate(plan.roots):
         own, above = plan.own[task], plan.above[task]
         inputs: list[Any] = [*edges, *(params[number] for number in (*own, *above))]  # both kinds
+        keep = retain_graph or (not plan.apart and (task < last or below))
         grads: Sequence[Tensor | None] = ()
-        if inputs:
+        if passing and inputs:
+            seed = _ones(root) if seeds[task] is None else seeds[task]
+            grads = pull(Segment((root,), inputs, keep, hooked=False), [seed]).grads
+        elif inputs:
             grads = torch.autograd.grad(
-                [root],
-                inputs,
-                [seeds[task]],
-                retain_graph=retain_graph or (not plan.apart and (task < last or below)),
-                allow_unused=True,
+                [root], inputs, [seeds[task]], retain_graph=keep, allow_unused=True
             )
         beside = grads[len(edges) :]
         pairs = zip(own, beside, strict=False)
@@ -85,3 +86,9 @@ def descend(
         if above:
             sink.take(above, Rows(task, beside[len(own) :]))
         yield Cotangent(task, grads[: len(edges)], task == last)
+
+
+def _ones(root: Any) -> Tensor:
+    """Return the initial gradient of a loss that stands at an edge."""
+    like = root.node._input_metadata[root.output_nr]
+    return torch.ones(like.shape, dtype=like.dtype, device=like.device)

@@ -275,6 +275,7 @@ class MTLOptimizer(WrappedOptimizer):
             self.engine,
             self._chooser() if isinstance(self.engine, Auto) else None,
             norms_only=getattr(self.core.rule, "norms_only", False),
+            reads=not self.options.capturable,
         )
         descent = Descent(planner)
         self._flow = Flow(self.core, self.options, descent)

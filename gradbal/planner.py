@@ -24,6 +24,7 @@ class Planner:
         engine: How cotangents are taken down.
         chooser: Chooses the engine for every batch; None to use always the same.
         norms_only: Whether the rule looks at the lengths of task gradients alone.
+        reads: Whether numbers may be read back from the device.
 
     Attributes:
         engine: The engine in use.
@@ -35,9 +36,15 @@ class Planner:
     """
 
     def __init__(
-        self, roles: Roles, engine: Engine, chooser: Chooser | None, *, norms_only: bool
+        self,
+        roles: Roles,
+        engine: Engine,
+        chooser: Chooser | None,
+        *,
+        norms_only: bool,
+        reads: bool,
     ) -> None:
-        self.roles, self.chooser = roles, chooser
+        self.roles, self.chooser, self.reads = roles, chooser, reads
         self.crossings: dict[Engine, Crossing] = {}
         self.use(engine)
         self.log, self.seed = Log(), 0

@@ -92,6 +92,7 @@ def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[i
         decision = Decision({MODEL: weights})
         gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)
         alone = descent.direction(plan, gathered, decision, retain_graph=True)
+        alone |= gathered.heads.grads[batch.tasks.index(task)]
         for number, grad in alone.items():
             if plan.reached[number] >> task & 1:
                 rows.setdefault(number, {})[task] = grad

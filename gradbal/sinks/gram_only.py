@@ -114,12 +114,14 @@ class Streamed(GramOnly):
         params: All parameters of the optimizer.
         beside: Keeps the rows of shared parameters beside the trunk.
         piece: Keeps the rows of a piece of the trunk, for as long as it is gone through.
+        reads: Whether numbers may be read back.
         grams: The inner products of each piece.
     """
 
     params: Sequence[Tensor]
     beside: Keep
     piece: Keep
+    reads: bool
     grams: list[Tensor] = field(default_factory=list, kw_only=True)
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
@@ -157,13 +159,12 @@ class Streamed(GramOnly):
         """Return the Gram matrix, shape ``[m, m]``, float64."""
         return summed([*self.grams, self._guarded(self.beside)])
 
-    @staticmethod
-    def _guarded(rows: Keep) -> Tensor:
+    def _guarded(self, rows: Keep) -> Tensor:
         """Return inner products that are protected if they must be, while the rows are there.
 
         On a CPU that can be seen; elsewhere it would take a trip to the host for every piece.
         """
-        if all(block.rows.device.type == "cpu" for block in rows.blocks):
+        if self.reads and all(block.rows.device.type == "cpu" for block in rows.blocks):
             gram = rows.gram(MODEL)
             if not needs_scaling(gram.diagonal().tolist()):
                 return gram

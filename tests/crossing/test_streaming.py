@@ -22,6 +22,7 @@ from models import (
     square,
     wrapped,
 )
+from test_semantics_capturable import NothingRead
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
@@ -228,6 +229,25 @@ def test_hooks_on_tensors_run_once(
     assert max(optimizer.check(losses()).values()) <= 1e-12
 
 
+@pytest.mark.parametrize("engine", ["sequential", "streaming", "marks"])
+def test_hooks_where_something_wanted_lies_below(engine: str) -> None:
+    """A layer under the cut that is to get the plain sum, or a second module that is named."""
+    model = Deep(3)
+
+    def losses() -> list[Tensor]:
+        z = data(4, 8)
+        for i, layer in enumerate(model.layers):
+            z = layer(z)
+            z.register_hook(lambda grad, i=i: grad * (i + 2))
+        return [square(head(z)) for head in model.heads]
+
+    options: dict[str, Any] = {"engine": engine, "shared": model.layers[1:]}
+    if engine == "marks":
+        options = {"engine": engines.Representation(model.layers[5], model.layers[2])}
+    optimizer = wrapped(model, "upgrad", **options)
+    assert max(optimizer.check(losses()).values()) <= 1e-12
+
+
 # ---------------------------------------------------------------------- chosen parameters
 
 
@@ -335,6 +355,18 @@ def test_reused_weights_and_resuming() -> None:
         return list(model.parameters())
 
     assert_same(run("streaming", 4), run("sequential", -1), 1e-10)
+
+
+@pytest.mark.parametrize("options", [{"engine": "streaming"}, {"gram_over": True}])
+def test_nothing_is_read_back(options: dict[str, Any]) -> None:
+    model = Toy(3)
+    if "gram_over" in options:
+        options = {"gram_over": model.trunk[2]}
+    optimizer = wrapped(model, "mgda", capturable=True, **options)
+    optimizer.step(model.losses())
+    losses = model.losses()
+    with NothingRead():
+        optimizer.step(losses)
 
 
 def test_what_cannot_be() -> None:
