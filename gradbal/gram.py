@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK = 2**20  # columns that are converted at a time
-PIECE = 2**16  # columns that stay in a CPU's cache meanwhile
+PIECE = 2**16  # columns of long rows that a CPU multiplies at a time: thin products are slow
 TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
 
 
@@ -53,9 +53,13 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
     """
     if rows.is_complex():  # the inner product is the real part of the complex one
         rows = torch.view_as_real(rows).flatten(1)
-    size = PIECE if rows.device.type == "cpu" else CHUNK
-    if not scaled and _is_plain(rows) and (rows.shape[1] <= size or size == CHUNK):
-        return (rows @ rows.T).double()
+    if not scaled and _is_plain(rows):
+        cached = rows.device.type != "cpu" or rows.numel() <= CHUNK
+        pieces = (rows,) if cached else torch.split(rows, PIECE, dim=1)
+        total = (pieces[0] @ pieces[0].T).double()
+        for piece in pieces[1:]:
+            total += piece @ piece.T
+        return total
     dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
     if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         dtype = torch.float64
@@ -67,7 +71,7 @@ def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
         exponent = torch.frexp(largest.double()).exponent
         one = torch.ones((), dtype=dtype, device=rows.device)
         halves = [torch.ldexp(one, -(exponent // 2)), torch.ldexp(one, exponent // 2 - exponent)]
-    for chunk in torch.split(rows, size, dim=1):
+    for chunk in torch.split(rows, CHUNK, dim=1):
         chunk = chunk.to(dtype)
         if scaled:
             chunk = (chunk * halves[0]).mul_(halves[1])
