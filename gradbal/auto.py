@@ -21,7 +21,8 @@ ENGINES: dict[str, Engine] = {
     "Factored(chunk_size=None)": Factored(chunk_size=None),
     "Streaming(within=Factored())": Streaming(within=Factored()),
 }
-LITTLE = 2e-3  # seconds of all passes under which there is too little to gain
+LITTLE = 2e-3  # counted seconds of all passes under which there is too little to gain, on a CPU
+TIMED = 20e-3  # and those from which on engines are timed; below, runs are alike to the last bit
 CLEAR = 1.5  # ratio of counted times from which on nothing is timed
 EARLY = 1.3  # ratio of measured times from which on one round decides
 ROUNDS = 3  # that are timed at most, of which the first warms up
@@ -136,7 +137,8 @@ class Chooser:
         name, other = sorted(times, key=times.__getitem__)
         if free is not None and m * (2 * row + 8 * work.largest) > ROOM * free:
             return {shape: {"engine": one, "why": "several tasks at once might not fit"}}
-        if times[other] > CLEAR * times[name] or not self._may_time():
+        small = device.type == "cpu" and times[name] < TIMED
+        if small or times[other] > CLEAR * times[name] or not self._may_time():
             why = f"counted {_ms(times[name])}, and {_ms(times[other])} with {other}"
             return {shape: {"engine": name, "why": why}}
         self.trials[shape] = Trial({name: [], other: []})

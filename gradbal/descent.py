@@ -151,7 +151,7 @@ class Descent:
         sink = Streamed(
             m, len(plan.cut), len(self.params), self.params, self.keep, piece, self.planner.reads
         )
-        rows = sink.holding(
+        arriving = sink.holding(
             descend(
                 plan, self.params, seeds, heads, sink, edges=plan.cut, retain_graph=retain_graph
             )
@@ -164,9 +164,9 @@ class Descent:
             layers = self.planner.engine.layers(segment, m, self.planner.seed)
             segment = segment._replace(layers=layers, hooked=top is plan.cut)
             apart = plan.sparse.union(numbers[i] for i in layers)
-            rows = sink.meet(numbers, apart, self.planner.crossing(segment, rows))
-        for _ in rows:
-            pass
+            arriving = sink.meet(numbers, apart, self.planner.crossing(segment, arriving))
+        for _ in arriving:
+            pass  # if there is no piece, the heads are yet to be gone through
         self.keep.close()
         return sink
 

@@ -36,6 +36,7 @@ ACCELERATOR = Rates(node=10e-6, batched=40e-6, flop=1 / 20e12, entry=1 / 200e9, 
 
 PRODUCTS = {"MmBackward0": 0, "AddmmBackward0": 1, "BmmBackward0": 0, "BaddbmmBackward0": 1}
 CONVOLUTION = "ConvolutionBackward0"
+CACHES = ("active_file ", "inactive_file ")
 
 
 class Work(NamedTuple):
@@ -130,10 +131,12 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """Return what the limit of the container leaves (Linux, control groups)."""
+    """Return what the limit of the container leaves (Linux, control groups); caches can go."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):  # there is none, or it says "max"
         return None
-    return max(0, limit - used)
+    caches = sum(int(line.split()[1]) for line in lines if line.startswith(CACHES))
+    return max(0, limit - used + caches)

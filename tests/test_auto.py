@@ -18,6 +18,7 @@ SMALL = "Sequential()"
 @pytest.fixture
 def every_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "LITTLE", 0.0)
+    monkeypatch.setattr(auto, "TIMED", 0.0)
     monkeypatch.setattr(auto, "CLEAR", 1e9)
 
 
@@ -114,6 +115,19 @@ def test_small_models_on_a_cpu_go_one_by_one() -> None:
     optimizer.step(model.losses())
     assert used(optimizer) == engines.Sequential()
     assert "too short to matter" in optimizer.explain(model.losses())
+
+
+def test_models_that_are_not_large_are_counted_only(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that two runs of them are alike to the last bit."""
+    monkeypatch.setattr(auto, "LITTLE", 0.0)
+    model = Deep(2)
+    optimizer = wrapped(model, "upgrad", engine="auto", lr=0.01)
+    for _ in range(3):
+        optimizer.step(model.losses())
+    assert clock.steps == []
+    assert "because counted" in optimizer.explain(model.losses())
 
 
 @pytest.mark.parametrize("slow", ["Sequential()", "Batched()"])
