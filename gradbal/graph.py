@@ -294,7 +294,5 @@ def edges_into(
     found = {(root.node, root.output_nr): None for root in roots if root.node in nodes}
     for node in walk.order if nodes else ():
         if node not in region:
-            for child, number in walk.edges[node]:
-                if child is not None and child in nodes:
-                    found[child, number] = None
+            found.update(((n, i), None) for n, i in walk.edges[node] if n in nodes)
     return tuple(GradientEdge(node, number) for node, number in found)

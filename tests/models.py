@@ -31,6 +31,12 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def chooser(seed: int) -> Callable[[int, int], list[int]]:
+    """Return what draws so many numbers below a limit."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda limit, count: torch.randint(limit, (count,), generator=generator).tolist()
+
+
 def param(*shape: int, seed: int = 0) -> nn.Parameter:
     return nn.Parameter(data(*shape, seed=seed))
 

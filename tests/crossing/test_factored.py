@@ -12,6 +12,7 @@ from models import (
     Counted,
     Toy,
     assert_same,
+    chooser,
     data,
     fill,
     grads,
@@ -98,11 +99,7 @@ def test_graphs(build: Callable[[], Any], engine: engines.Engine) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_graphs(seed: int, counted: list[int]) -> None:
     """Products, turned and shared at random, and meeting at random."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def some(limit: int, count: int) -> list[int]:
-        return torch.randint(limit, (count,), generator=draw).tolist()
-
+    some = chooser(seed)
     weights = [param(3, 3, seed=seed * 10 + i) for i in range(4)]
     steps = [(some(i + 1, 2), some(4, 1)[0], some(5, 1)[0]) for i in range(8)]
     uses = [some(9, 2) for _ in range(3)]

@@ -13,6 +13,7 @@ from models import (
     Inverse,
     Toy,
     assert_same,
+    chooser,
     data,
     grads,
     jacobian,
@@ -76,11 +77,7 @@ def test_graphs(build: Callable[[], Any], engine: engines.Engine) -> None:
 
 def random_graph(seed: int) -> tuple[list[torch.nn.Parameter], Callable[[], list[Tensor]]]:
     """Products shared at random and meeting at random, far below where the tasks meet."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def some(limit: int, count: int) -> list[int]:
-        return torch.randint(limit, (count,), generator=draw).tolist()
-
+    some = chooser(seed)
     weights = [param(3, 3, seed=seed * 10 + i) for i in range(6)]
     steps = [(some(i + 1, 2), some(6, 1)[0]) for i in range(10)]
     own = [param(3, seed=500 + i) for i in range(3)]
