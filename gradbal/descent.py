@@ -71,11 +71,16 @@ class Descent:
         """
         heads, shared, engine = Heads(), self.roles.shared(known), self.planner.engine
         whole = engine.keeps and not self.roles.some
+        if further and isinstance(engine, Representation):
+            raise ValueError(
+                "Representation: gradients at the inputs of different batches share no space, so "
+                "they cannot be compared; choose another engine, such as Sequential."
+            )
         if further and not whole:
             raise ValueError(
-                f"{type(engine).__name__}: task gradients of different batches cannot be compared "
-                "at a representation, in a stream or over chosen modules; choose another engine, "
-                "such as Sequential, without `gram_over`."
+                f"{type(engine).__name__}: task gradients in a stream, or over chosen modules, are "
+                "those of one batch at a time, so batches cannot be compared; choose another "
+                "engine, such as Sequential, without `gram_over`."
             )
         sink: AnySink
         if at_cut or isinstance(engine, Representation):

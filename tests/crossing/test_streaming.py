@@ -382,7 +382,7 @@ def test_what_cannot_be() -> None:
             wrapped(model, rule, **options)
     with pytest.raises(RuntimeError, match="share none of the parameters in `gram_over`"):
         wrapped(model, "mgda", gram_over=model.heads[0]).step(model.losses())
-    with pytest.raises(ValueError, match="different batches cannot be compared"):
+    with pytest.raises(ValueError, match="so batches cannot be compared"):
         wrapped(model, "modo", engine="streaming").step(model.losses(), model.losses(1))
     with pytest.raises(ValueError, match="`segments` must be >= 1"):
         engines.Streaming(0)
