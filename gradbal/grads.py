@@ -78,8 +78,9 @@ def _fits(grad: Any, param: Tensor, taken: set[int]) -> bool:  # torch's stub la
         param: The parameter.
         taken: Storages that have been used so; this one joins them.
     """
-    storage = grad.untyped_storage()._cdata
-    if storage in taken or grad._use_count() > 1 or place_of(grad) != place_of(param):
+    storage = grad.untyped_storage()
+    alone = storage._cdata not in taken and storage.nbytes() == grad.nbytes
+    if not alone or grad._use_count() > 1 or place_of(grad) != place_of(param):
         return False
-    taken.add(storage)
+    taken.add(storage._cdata)
     return True

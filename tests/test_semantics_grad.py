@@ -1,5 +1,6 @@
 """``step`` sets ``.grad``, ``backward`` adds to it, as ``loss.backward()`` does."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -403,3 +404,64 @@ def test_complex_parameters_are_pairs_of_real_ones() -> None:
         wrapped([pairs], rule).backward(losses(torch.view_as_complex(pairs)))
         assert whole.grad is not None
         assert_same([torch.view_as_real(whole.grad)], [pairs.grad], 1e-12)
+
+
+def one_pass(losses: Callable[[Tensor], list[Tensor]], params: list[Tensor]) -> list[Tensor | None]:
+    """Go down once from a representation, with weights that are all 1."""
+    optimizer = wrapped(params, Fixed((1.0, 1.0)), engine="representation", heads="plain")
+    optimizer.backward(losses(data(3, 4)))
+    return [param.grad for param in params]
+
+
+def test_gradients_that_are_nobody_elses_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy = torch._foreach_copy_
+
+    def noting(into: list[Tensor], given: list[Tensor]) -> None:
+        copied.extend(tensor.numel() for tensor in into)
+        copy(into, given)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noting)
+    weight, own = param(4, 5, seed=1), [param(5, seed=2), param(5, seed=3)]
+
+    def losses(x: Tensor) -> list[Tensor]:
+        z = (x @ weight).tanh()
+        return [square(z @ mine) for mine in own]
+
+    one_pass(losses, [weight, *own])
+    assert sorted(copied) == [5, 5]  # the heads' only
+
+
+def test_gradients_that_share_storage_become_tensors_of_their_own() -> None:
+    """One gradient for two parameters, or two that are pieces of one."""
+    a, b, c, d = (param(4, 5, seed=seed) for seed in range(4))
+    own = [param(5, seed=5), param(10, seed=6)]
+
+    def losses(x: Tensor) -> list[Tensor]:
+        z = torch.cat([x @ (a + b), x @ torch.cat([c, d])[:4]], dim=1).tanh()
+        return [square(z[:, :5] @ own[0]), square(z @ own[1])]
+
+    params = [a, b, c, d, *own]
+    found = one_pass(losses, params)
+    storages = {grad.untyped_storage()._cdata for grad in found if grad is not None}
+    assert len(storages) == 6
+    wanted = torch.autograd.grad(sum(losses(data(3, 4))), params)
+    assert_same(found, list(wanted), 1e-12)
+    for grad in found:
+        assert grad is not None
+        assert grad.untyped_storage().nbytes() == grad.nbytes
+
+
+def test_gradients_that_a_hook_keeps_stay_the_hooks() -> None:
+    weight, own, kept = param(4, 5, seed=1), [param(5, seed=2), param(5, seed=3)], []
+    weight.register_hook(kept.append)
+
+    def losses(x: Tensor) -> list[Tensor]:
+        z = (x @ weight).tanh()
+        return [square(z @ mine) for mine in own]
+
+    found = one_pass(losses, [weight, *own])
+    assert found[0] is not None
+    before = kept[-1].clone()
+    found[0].zero_()
+    assert_same([kept[-1]], [before], 0)
