@@ -77,21 +77,13 @@ class Pulled(NamedTuple):
     Attributes:
         grads: The gradients of the parameters.
         below: What arrives at the bottom.
-        guarded: Whether hooks at the top would have been applied twice.
     """
 
     grads: list[Tensor | None]
     below: list[Tensor | None]
-    guarded: bool = False
 
 
-def pull(
-    segment: Segment,
-    cotangents: Sequence[Tensor | None],
-    *,
-    last: bool = True,
-    guard: bool = True,
-) -> Pulled:
+def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = True) -> Pulled:
     """Take cotangents down to parameters and to the bottom, as ``torch.autograd.grad`` does.
 
     At the bottom the pass ends, wherever it lies: what arrives from above is returned as it is,
@@ -105,14 +97,12 @@ def pull(
         segment: A piece of the graph.
         cotangents: One per edge of the top; None where nothing arrives.
         last: Whether the graph may go; it stays if the segment says so, or has a bottom.
-        guard: Whether there may be hooks at the top.
     """
     params, bottom = segment.params, segment.bottom
     top = [(e, c) for e, c in zip(segment.top, cotangents, strict=True) if c is not None]
     if not top:
         return Pulled([None] * len(params), [None] * len(bottom))
     caught: dict[int, Tensor | None] = {}
-    undone: set[int] = set()
 
     def catch(i: int, grads: Sequence[Tensor | None]) -> None:
         caught[i] = grads[params[i].output_nr]  # comes after the hooks on the tensor
@@ -121,13 +111,12 @@ def pull(
         edge, given = top[i]
         if grads[edge.output_nr] is given:
             return None
-        undone.add(i)
         return (*grads[: edge.output_nr], given, *grads[edge.output_nr + 1 :])
 
     edges = [(i, edge) for i, edge in enumerate(params) if isinstance(edge, GradientEdge)]
     hooks = [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
     for i, (edge, _) in enumerate(top):
-        if guard and (segment.hooked or isinstance(edge.node, BackwardCFunction)):
+        if segment.hooked or isinstance(edge.node, BackwardCFunction):
             hooks.append(edge.node.register_prehook(partial(undo, i)))
     ends = {edge.node: below for edge in bottom if (below := _below(edge.node)) is not None}
     hooks += [node.register_prehook(_stop) for node in ends]
@@ -143,7 +132,7 @@ def pull(
         for hook in hooks:
             hook.remove()
     n, found = len(params), dict(enumerate(grads)) | caught
-    return Pulled([found[i] for i in range(n)], [*grads[n : n + len(bottom)]], bool(undone))
+    return Pulled([found[i] for i in range(n)], [*grads[n : n + len(bottom)]])
 
 
 def _stop(grads: Sequence[Tensor | None]) -> tuple[None, ...]:

@@ -60,7 +60,7 @@ def _cross(segment: Segment, chunk: Sequence[Cotangent], *, last: bool) -> Rows:
     missing: set[int] = set()
 
     def pull_all(*cotangents: Tensor) -> list[Tensor]:
-        grads, below, _ = pull(segment._replace(top=top), cotangents, last=last)
+        grads, below = pull(segment._replace(top=top), cotangents, last=last)
         found = [*grads, *below]
         missing.update(i for i, grad in enumerate(found) if grad is None)
         return [cotangents[0].new_zeros(()) if grad is None else grad for grad in found]

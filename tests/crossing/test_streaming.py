@@ -10,6 +10,7 @@ from graph_cases import CASES
 from models import (
     Counted,
     Deep,
+    Fixed,
     Inverse,
     Toy,
     assert_same,
@@ -224,6 +225,29 @@ def test_hooks_on_tensors_run_once(
 
     optimizer = wrapped(model, "upgrad", engine=ENGINES.get(name, name))
     assert max(optimizer.check(losses()).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched", "streaming", "representation"])
+def test_hooks_that_act_on_some_gradients_only(engine: str) -> None:
+    """The first task's gradient is small and passes as it is; the others are halved, once."""
+    model, sizes = Deep(2), [1e-6, 1.0, 2.0]
+
+    def losses() -> list[Tensor]:
+        z = data(4, 8)
+        for layer in model.layers:
+            z = layer(z).tanh()
+        z.register_hook(
+            lambda grad: grad / 2 if engine == "batched" or grad.norm() > 1e-3 else None
+        )
+        return [s * square(head(z) - 1) for s, head in zip(sizes, model.heads, strict=True)]
+
+    params = list(model.layers.parameters())
+    for task in range(3):
+        model.zero_grad()
+        weights = tuple(float(i == task) for i in range(3))
+        wrapped(model, Fixed(weights), engine=engine, heads="plain").backward(losses())
+        wanted = torch.autograd.grad(losses()[task], params)
+        assert_same([param.grad for param in params], list(wanted), 1e-12)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "streaming", "marks"])
