@@ -113,11 +113,13 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
             return None
         return (*grads[: edge.output_nr], given, *grads[edge.output_nr + 1 :])
 
+    hooks = [
+        edge.node.register_prehook(partial(undo, i))
+        for i, (edge, _) in enumerate(top)
+        if segment.hooked or isinstance(edge.node, BackwardCFunction)
+    ]
     edges = [(i, edge) for i, edge in enumerate(params) if isinstance(edge, GradientEdge)]
-    hooks = [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
-    for i, (edge, _) in enumerate(top):
-        if segment.hooked or isinstance(edge.node, BackwardCFunction):
-            hooks.append(edge.node.register_prehook(partial(undo, i)))
+    hooks += [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
     ends = {edge.node: below for edge in bottom if (below := _below(edge.node)) is not None}
     hooks += [node.register_prehook(_stop) for node in ends]
     try:
@@ -132,6 +134,9 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
         for hook in hooks:
             hook.remove()
     n, found = len(params), dict(enumerate(grads)) | caught
+    if segment.hooked:  # an edge of the top that is wanted itself is not always passed
+        given = {(e.node, e.output_nr): cotangent for e, cotangent in top}
+        found |= {i: given.get((e.node, e.output_nr), found[i]) for i, e in edges}
     return Pulled([found[i] for i in range(n)], [*grads[n : n + len(bottom)]])
 
 

@@ -10,6 +10,7 @@ from graph_cases import CASES
 from layer_cases import ODD
 from models import (
     Counted,
+    Fixed,
     Toy,
     assert_same,
     chooser,
@@ -154,6 +155,24 @@ def test_a_hook_on_a_parameter_is_run(counted: list[int]) -> None:
     model.trunk[0].weight.register_hook(lambda grad: grad * 3)
     same_as_sequential(list(model.parameters()), model.losses, engines.Factored())
     assert set(counted) == {1}
+
+
+@each
+def test_a_hook_on_the_output_of_a_layer_at_the_cut_is_run_once(
+    engine: engines.Engine, counted: list[int]
+) -> None:
+    weight, heads = param(4, 5, seed=1), [param(5, seed=2), param(5, seed=3)]
+
+    def losses() -> list[Tensor]:
+        z = data(6, 4) @ weight
+        z.register_hook(lambda grad: 3 * grad)
+        return [square(z @ head - 1) for head in heads]
+
+    same_as_sequential([weight, *heads], losses, engine)
+    assert set(counted) == {1}
+    wanted = torch.autograd.grad(losses()[0], weight)
+    wrapped([weight, *heads], Fixed((1.0, 0.0)), engine=engine, heads="plain").backward(losses())
+    assert_same([weight.grad], list(wanted), 1e-12)
 
 
 TURNED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
