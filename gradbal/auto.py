@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from gradbal.crossing import Segment, find_layers
 from gradbal.engines import Batched, Engine, Factored, Sequential, Streaming
 from gradbal.graph import Plan
-from gradbal.work import ACCELERATOR, CPU, count, free_bytes
+from gradbal.work import ACCELERATOR, CPU, count, entries_at, free_bytes
 
 ENGINES: dict[str, Engine] = {
     "Sequential()": Sequential(),
@@ -165,8 +164,7 @@ def _pair(products: bool) -> tuple[str, str]:
 
 def _shape(plan: Plan) -> str:
     """Name what a choice depends on; sizes count in powers of two."""
-    cut: Sequence[Any] = plan.cut
-    size = sum(prod(edge.node._input_metadata[edge.output_nr].shape) for edge in cut)
+    size = entries_at(plan.cut)
     return (
         f"{len(plan.tasks)} tasks, {len(plan.trunk)} parameters, 2^{size.bit_length()} at the cut"
     )

@@ -1,8 +1,6 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
 from collections.abc import Mapping, Sequence
-from math import prod
-from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from gradbal.planner import Planner
 from gradbal.representation import boundary, represented
 from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
 from gradbal.task_gradients import AnySink, TaskGradients
+from gradbal.work import entries_at
 
 
 class Descent:
@@ -246,7 +245,7 @@ class Descent:
         """Go down through heads and trunk, giving every row to the sink."""
         top, keep = segment.top, segment.retain_graph
         cotangents = descend(plan, self.params, seeds, heads, sink, edges=top, retain_graph=keep)
-        if _entries(top) <= sum(param.numel() for param in segment.params):
+        if entries_at(top) <= sum(param.numel() for param in segment.params):
             cotangents = iter(list(cotangents))  # heads first: what a pass needs stays in the cache
         for rows in self.planner.crossing(segment, cotangents):
             sink.take(plan.trunk, rows)
@@ -285,8 +284,3 @@ class Descent:
         found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
         groups = dict(sorted(found.items()))
         return TaskGradients(tasks, heads, sink, groups, self.roles.eps(shared), n_batches)
-
-
-def _entries(edges: Sequence[Any]) -> int:
-    """Return the number of entries of the gradients that arrive at some edges."""
-    return sum(prod(edge.node._input_metadata[edge.output_nr].shape) for edge in edges)

@@ -1,7 +1,6 @@
 """The trunk in pieces, so that only one at a time has task gradients in memory."""
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -11,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.graph import LEAF, Boundary
+from gradbal.work import entries_at
 
 Open = dict[Node, set[int]]  # edges that lead out of what has been visited, by where they lead
 
@@ -67,9 +67,9 @@ def split(
         if not left:
             break
         if params and _may_end(opened):
-            width = sum(_entries(n, i) for n, outputs in opened.items() for i in outputs)
+            edges = tuple(GradientEdge(n, i) for n, outputs in opened.items() for i in outputs)
+            width = entries_at(edges)
             if best is None or width <= best.width or best.size < limit / 4:
-                edges = tuple(GradientEdge(n, i) for n, outputs in opened.items() for i in outputs)
                 best = Place(width, size, len(params), edges)
     return [*pieces, Piece(top, (), params)]
 
@@ -116,7 +116,3 @@ def _sweep(top: Boundary) -> Iterator[tuple[list[Any], Open]]:
 def _may_end(opened: Open) -> bool:
     """Say whether passes can end here: a custom function under which others lie would compute."""
     return len(opened) == 1 or not any(isinstance(node, BackwardCFunction) for node in opened)
-
-
-def _entries(node: Any, output: int) -> int:
-    return math.prod(node._input_metadata[output].shape)

@@ -1,12 +1,12 @@
 """What a pass through the trunk costs, by count, and how much memory there is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.graph import LEAF, Boundary
 
@@ -85,6 +85,11 @@ def count(top: Boundary) -> Work:
                 seen.add(child)
                 stack.append(child)
     return Work(n_nodes, flops, image, entries, largest)
+
+
+def entries_at(edges: Iterable[GradientEdge]) -> int:
+    """Return the number of entries of the gradients that arrive at some edges."""
+    return sum(math.prod(_shape(edge.node, edge.output_nr)) for edge in edges)
 
 
 def _shape(node: Any, output: int = 0) -> Sequence[int]:

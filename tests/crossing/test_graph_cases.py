@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graph_cases import CASES, Case
+from graph_cases import CASES, Case, tolerance
 from models import (
     Pick,
     assert_same,
@@ -24,11 +24,6 @@ from torch.autograd.graph import get_gradient_edge
 from gradbal.graph import make_plan
 
 every = pytest.mark.parametrize("build", CASES.values(), ids=CASES)
-SINGLE = ("losses_of_two_dtypes",)  # part of it is computed in float32
-
-
-def tolerance(build: Callable[[], Case]) -> float:
-    return 1e-6 if build.__name__ in SINGLE else 1e-10
 
 
 @every

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import CASES
+from graph_cases import CASES, tolerance
 from models import (
     Counted,
     Deep,
@@ -72,8 +72,7 @@ def test_zoo(name: str, engine: engines.Engine) -> None:
 @each
 def test_graphs(build: Callable[[], Any], engine: engines.Engine) -> None:
     params, losses = build()
-    tol = 1e-6 if build.__name__ == "losses_of_two_dtypes" else 1e-10
-    same_as_sequential(params, losses, engine, tol)
+    same_as_sequential(params, losses, engine, tolerance(build))
 
 
 def random_graph(seed: int) -> tuple[list[torch.nn.Parameter], Callable[[], list[Tensor]]]:
