@@ -220,16 +220,22 @@ class Options:
                 "that returns the losses of the same batch again."
             )
 
-    def check_processes(self) -> None:
-        """Raise if several processes would each balance their own part of the batch."""
-        dist = torch.distributed
-        if self.process_group is None or not dist.is_available() or not dist.is_initialized():
-            return
-        if dist.get_world_size() > 1:
-            raise RuntimeError(
-                f"{OWNER}: task gradients are not averaged over the {dist.get_world_size()} "
-                "processes yet, so their models would drift apart; pass process_group=None if "
-                "each process trains a model of its own."
+    def check_processes(self, rule: Rule, engine: Engine) -> None:
+        """Raise if several processes cannot balance their losses together."""
+        if isinstance(rule, GradientRule) and isinstance(engine, Representation):
+            raise ValueError(
+                f"{OWNER}: {type(rule).__name__} looks at single entries, and at a representation "
+                "every process has entries of its own; choose another engine, such as Sequential."
+            )
+        if self.capturable:
+            raise ValueError(
+                f"{OWNER}: with several processes numbers must be read back to agree on, so "
+                "`capturable` cannot be; leave it out."
+            )
+        if getattr(rule, "probes", False):
+            raise ValueError(
+                f"{OWNER}: {type(rule).__name__} looks at the losses at other parameters, which "
+                "several processes cannot do together; choose another rule."
             )
 
 

@@ -70,7 +70,13 @@ class Chooser:
     running: tuple[str, str, Any] | None = None
 
     def choose(
-        self, choices: Choices, plan: Plan, params: Sequence[Tensor], *, streams: bool
+        self,
+        choices: Choices,
+        plan: Plan,
+        params: Sequence[Tensor],
+        *,
+        streams: bool,
+        products: bool = True,
     ) -> tuple[Choices, Engine]:
         """Return the engine for a batch.
 
@@ -79,6 +85,7 @@ class Chooser:
             plan: The plan.
             params: All parameters of the optimizer.
             streams: Whether the call can do without the gradients.
+            products: Whether it can do with their factors.
 
         Returns:
             What is settled now, and the engine.
@@ -88,7 +95,8 @@ class Chooser:
             return choices, ENGINES["Sequential()"]
         shape = _shape(plan)
         if shape not in choices and shape not in self.trials:
-            settled = self._count(plan, params, shape, streams=streams and self.streams)
+            can = {"streams": streams and self.streams, "products": products and self.products}
+            settled = self._count(plan, params, shape, **can)
             choices = {**choices, **settled}
         if (trial := self.trials.get(shape)) is not None and shape not in choices:
             best = trial.best()
@@ -112,13 +120,19 @@ class Chooser:
             self.running = None
 
     def _count(
-        self, plan: Plan, params: Sequence[Tensor], shape: str, *, streams: bool
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        shape: str,
+        *,
+        streams: bool,
+        products: bool,
     ) -> dict[str, dict[str, str]]:
         """Settle on an engine by count, or begin a trial of two."""
         m, device = len(plan.tasks), params[plan.trunk[0]].device
         rates = CPU if device.type == "cpu" else ACCELERATOR
         segment = Segment(plan.cut, [params[n] for n in plan.trunk], True, numbers=plan.trunk)
-        layers = find_layers(segment, m) if self.products else {}
+        layers = find_layers(segment, m) if products else {}
         formed = [params[n] for i, n in enumerate(plan.trunk) if i not in layers]
         row = sum(param.numel() * param.element_size() for param in formed)
         row += sum(4 * use.sizes.brought for layer in layers.values() for use in layer.uses)

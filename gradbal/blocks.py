@@ -5,12 +5,40 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 MODEL = "model"  # the group of everything
 BESIDE = "beside"  # what takes the weights of everything and has no part in them
+
+
+class Columns(NamedTuple):
+    """How the columns of a block are spread over processes.
+
+    Attributes:
+        width: How many there are, so that all parts are equal.
+        mine: Those that are complete in this process in the end.
+        copies: How many processes complete the same ones.
+        in_parts: Whether each completes some of them only.
+    """
+
+    width: int
+    mine: slice = slice(None)
+    copies: int = 1
+    in_parts: bool = False
+
+
+class Spread(Protocol):
+    """What knows how parameters and columns are spread over processes."""
+
+    def holding(self, number: int) -> Any:  # a hashable with `averaged`
+        """Say how a parameter is spread."""
+
+    def columns(self, n: int, holding: Any) -> Columns:
+        """Say how columns of parameters that are spread so are spread."""
+
 
 Room = Callable[..., Tensor]  # as torch.empty: a size, dtype and device -> storage
 
@@ -23,13 +51,24 @@ class Block:
         group: Name of the group.
         numbers: The parameters.
         rows: Storage, shape ``[m, n]``, preallocated.
+        places: Shape, strides and offset of each of them.
+        used: How many columns they take.
+        averaged: Whether rows are to be averaged over processes.
+        columns: How the columns are spread over processes.
     """
 
     group: str
     numbers: list[int]
     rows: Tensor
     places: list[tuple[torch.Size, tuple[int, ...], int]]
+    used: int
+    averaged: bool
+    columns: Columns
     cache: dict[object, dict[int, Tensor]] = field(default_factory=dict)
+
+    def mine(self, n_rows: int) -> Tensor:
+        """View the rows in use where this process completes them and takes inner products."""
+        return self.rows[:n_rows, self.columns.mine]
 
     @cached_property
     def flat(self) -> Tensor:
@@ -82,21 +121,24 @@ def lay_out(
     sparse: Iterable[int],
     n_rows: int,
     room: Room,
+    spread: Spread,
 ) -> list[Block]:
     """Say where in blocks each parameter lies, and make room for them."""
-    kinds: dict[tuple[str, torch.device, torch.dtype], list[int]] = defaultdict(list)
+    kinds: dict[tuple[str, torch.device, torch.dtype, Any], list[int]] = defaultdict(list)
     for number, group in groups.items():
         if number not in sparse:
-            kinds[group, params[number].device, params[number].dtype].append(number)
+            param, holding = params[number], spread.holding(number)
+            kinds[group, param.device, param.dtype, holding].append(number)
     blocks = []
-    for (group, device, dtype), numbers in kinds.items():
+    for (group, device, dtype, holding), numbers in kinds.items():
         places, offset = [], 0
         for number in numbers:
             like = torch.empty_like(params[number], device="meta")
             places.append((like.shape, like.stride(), offset))
             offset += like.numel()
-        rows = room((n_rows, offset), dtype=dtype, device=device)
-        blocks.append(Block(group, numbers, rows, places))
+        columns = spread.columns(offset, holding)
+        rows = room((n_rows, columns.width), dtype=dtype, device=device)
+        blocks.append(Block(group, numbers, rows, places, offset, holding.averaged, columns))
     return blocks
 
 

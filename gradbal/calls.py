@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbal.gram import all_finite
+from gradbal.distributed import Processes
+from gradbal.distributed.counts import Counts
+from gradbal.gram import added, all_finite
 from gradbal.losses import Batch, named_losses, read_batch
+from gradbal.sharded import check_placed, local, own_part
 
 AuxLosses = Tensor | Mapping[str, Tensor]
 
@@ -28,6 +31,7 @@ class Call:
         hold: Remember the weights, because the losses will be evaluated again in this step.
         replay: Use the weights that were held.
         more: Losses of further batches, or closures that return them.
+        counts: Samples behind each loss in this process; None for equally many.
     """
 
     aux: AuxLosses | None = None
@@ -38,6 +42,7 @@ class Call:
     hold: bool = False
     replay: bool = False
     more: Sequence[Any] = ()
+    counts: Counts | None = None
 
     @cached_property
     def aux_batch(self) -> Batch | None:
@@ -71,7 +76,8 @@ def aux_gradients(
         retain_graph=True,  # the tasks' graphs may be the same
         allow_unused=True,
     )
-    return {n: grad for n, grad in zip(numbers, grads, strict=True) if grad is not None}
+    pairs = zip(numbers, grads, strict=True)
+    return {n: own_part(grad, params[n]) for n, grad in pairs if grad is not None}
 
 
 @contextmanager
@@ -124,6 +130,7 @@ def pass_once(
     weights: Tensor,
     scale: Tensor | None,
     call: Call,
+    processes: Processes,
     *,
     only_ours: bool,
 ) -> bool:
@@ -135,6 +142,7 @@ def pass_once(
         weights: Their weights, shape ``[m]``.
         scale: Factor on all gradients; None for 1.
         call: The arguments of the call.
+        processes: Among which the gradients are averaged, by DDP where it does so.
         only_ours: Leave the gradients of other parameters alone; what a reentrant checkpoint
             hides is not reached then.
 
@@ -146,10 +154,23 @@ def pass_once(
     if (aux := call.aux_batch) is not None:
         tops, seeds = [*tops, aux.joined], [*seeds, aux.seed(scale)]
     inputs = [param for param in params if param.requires_grad]
-    torch.autograd.backward(
-        tops, seeds, retain_graph=call.retain_graph, inputs=inputs if only_ours else None
-    )
+    retain = call.retain_graph
+    if processes.even:
+        with processes.watch():
+            torch.autograd.backward(
+                tops, seeds, retain_graph=retain, inputs=inputs if only_ours else None
+            )
+        check_placed(params)
+        processes.complete()
+    else:  # others might wait for what does not reach them from here
+        grads = torch.autograd.grad(tops, inputs, seeds, retain, allow_unused=True)
+        pairs = zip(inputs, grads, strict=True)
+        here = {id(param): grad for param, grad in pairs if grad is not None}
+        found = {n: here[id(param)] for n, param in enumerate(params) if id(param) in here}
+        for number, grad in processes.average(found).items():
+            old = params[number].grad
+            params[number].grad = grad if old is None else added(old, grad)
     if scale is None:
         return True
-    grads = [param.grad for param in inputs if param.grad is not None]
-    return all_finite(grads, batch.values.device)
+    written = [local(param.grad) for param in inputs if param.grad is not None]
+    return processes.all(all_finite(written, batch.values.device))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal.blocks import MODEL
 from gradbal.core import Core
+from gradbal.distributed import ALONE, Processes
 from gradbal.gram import by_batch, total_gram, total_vector
 from gradbal.policy import Part, Policy
 from gradbal.record import StepRecord
@@ -117,6 +118,8 @@ class Sight:
         probe: Looks at the losses of a closure at other parameters, given the group's.
         lr: Learning rate of what the rule learns.
         base_lr: Learning rate of the model.
+        shards: Parameters, by number, of which this process may hold a part only.
+        processes: Which hold parts of the rows.
     """
 
     eps: float = torch.finfo(torch.float64).eps
@@ -127,6 +130,8 @@ class Sight:
     probe: Callable[..., Probed] = no_probe
     lr: float | Tensor = 0.0
     base_lr: float | Tensor = 0.0
+    shards: Mapping[int, Tensor] = field(default_factory=dict)
+    processes: Processes = ALONE
 
 
 def decide(
@@ -163,6 +168,7 @@ def decide(
             eps=sight.eps,
             lr=sight.lr,
             base_lr=sight.base_lr,
+            shards=sight.shards,
         )
         decision.contexts[group] = (part.numbers, ctx)
         if group in seen.grams:
@@ -228,8 +234,9 @@ def _ask(
     ]
     grads, further = batches[0], iter(batches[1:])
     ctx.more = [next(further) if closure is None else closure for closure in sight.more]
-    ctx.gram = partial(total_gram, host=not ctx.capturable)
-    ctx.total = partial(total_vector, host=not ctx.capturable)
+    host, numbers = not ctx.capturable, list(stacks)
+    ctx.gram = partial(sight.processes.total, numbers, partial(total_gram, host=host))
+    ctx.total = partial(sight.processes.total, numbers, partial(total_vector, host=host))
     ctx.probe = partial(sight.probe, list(stacks))
     ctx.buffers = core.buffers_for(dict(zip(stacks, grads, strict=True)), part.numbers)
     return rule.direction(grads, list(stacks), ctx)

@@ -1,7 +1,9 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gradbal import crossing
@@ -9,11 +11,14 @@ from gradbal.aside import Aside
 from gradbal.blocks import BESIDE, MODEL, Workspace
 from gradbal.crossing import Segment, pull
 from gradbal.decision import Decision
+from gradbal.distributed import ALONE, Processes
 from gradbal.engines import Representation
 from gradbal.graph import Plan, members
+from gradbal.harvest import harvest, replaced
 from gradbal.heads import Heads, Sink, descend
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
+from gradbal.pieces import Piece
 from gradbal.planner import Planner
 from gradbal.representation import boundary, represented
 from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
@@ -30,7 +35,13 @@ class Descent:
 
     def __init__(self, planner: Planner) -> None:
         self.planner, self.roles = planner, planner.roles
-        self.keep, self.workspace = Keep(), Workspace()
+        self.workspace = Workspace()
+        self.meet(ALONE)
+
+    def meet(self, processes: Processes) -> None:
+        """Go on with these processes, which each have a part of the batch."""
+        self.processes, self.keep = processes, Keep(processes=processes)
+        self.planner.alone = processes.size == 1 and not self.roles.shards
 
     @property
     def params(self) -> list[Tensor]:
@@ -41,7 +52,7 @@ class Descent:
         """Notice parameters that joined, left or were replaced, see :meth:`Roles.refresh`."""
         moved = self.roles.refresh()
         if moved is not None:
-            self.keep = Keep()
+            self.meet(self.processes)
         return moved
 
     def gather(
@@ -69,7 +80,9 @@ class Descent:
             further: Plans and losses of further batches with the same tasks.
         """
         heads, shared, engine = Heads(), self.roles.shared(known), self.planner.engine
-        whole = engine.keeps and not self.roles.some
+        even = self.processes.even  # else the tasks' graphs differ, and so would the pieces
+        in_one = not even or bool(self.roles.shards)
+        whole = (engine.keeps and not self.roles.some) or in_one
         if further and isinstance(engine, Representation):
             raise ValueError(
                 "Representation: gradients at the inputs of different batches share no space, so "
@@ -83,6 +96,12 @@ class Descent:
             )
         sink: AnySink
         if at_cut or isinstance(engine, Representation):
+            if not (at_cut or even or (self.planner.n_modules and not self.planner.pool)):
+                raise RuntimeError(
+                    "Representation: the processes have losses of different tasks, so what is "
+                    "found in their graphs cannot be joined; name the module whose output is the "
+                    "representation, without `pool`, or choose another engine."
+                )
             sink = self._represent(plan, batch.seeds(scale), heads, at_cut, retain_graph)
         elif whole:
             pairs = [(plan, batch), *further]
@@ -91,7 +110,12 @@ class Descent:
             sink = self._keep(plans, seeds, heads, shared, n_rows, retain_graph)
         else:
             sink = self._stream(plan, batch.seeds(scale), heads, shared, n_rows, retain_graph)
-        return self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
+        found = self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
+        if plan.sharded and isinstance(sink, Represented):
+            here = [i for i, v in enumerate(sink.held) if any(one is not None for one in v)]
+            eps = self.roles.eps(self.roles.shards)
+            return replace(found, members={MODEL: here}, eps=eps, seeds=batch.seeds(scale))
+        return found
 
     def _represent(
         self,
@@ -102,9 +126,11 @@ class Descent:
         retain_graph: bool,
     ) -> Represented:
         """Go down through the heads only."""
-        sink = represented(plan, len(self.params), pool=self.planner.pool and not at_cut)
+        pool = self.planner.pool and not at_cut
+        sink = represented(plan, len(self.params), self.processes, pool=pool)
         edges = boundary(plan)
         keep = retain_graph or len(edges) > len(plan.cut)  # some lie in the trunk
+        keep |= plan.sharded  # heads are gone through again, with the trunk
         for _ in sink.holding(
             descend(plan, self.params, seeds, heads, sink, edges=edges, retain_graph=keep)
         ):
@@ -130,7 +156,7 @@ class Descent:
         for one, segment in zip(plans, segments, strict=True):
             apart |= one.sparse.union(one.trunk[i] for i in segment.layers)
         m, b = len(plans[0].tasks), len(plans)
-        sink.open(self.params, self.roles.group(shared), apart, n_rows * b, m * b)
+        sink.open(self.roles.held, self.roles.group(shared), apart, n_rows * b, m * b)
         self._cross(plans[0], segments[0], seeds[0], heads, sink)
         for i in range(1, b):
             self._cross(plans[i], segments[i], seeds[i], Heads(), Further(sink, i * m))
@@ -150,10 +176,11 @@ class Descent:
         m, group = len(plan.tasks), self.roles.group(shared)
         self.roles.check_counted(shared, plan.reached)
         beside = {n: group[n] for n in sorted({n for above in plan.above for n in above})}
-        self.keep.open(self.params, beside, plan.sparse, n_rows, m)
-        piece = Keep(self.workspace)
+        held = self.roles.held
+        self.keep.open(held, beside, plan.sparse, n_rows, m)
+        piece = Keep(self.workspace, self.processes)
         sink = Streamed(
-            m, len(plan.cut), len(self.params), self.params, self.keep, piece, self.planner.reads
+            m, len(plan.cut), len(self.params), held, self.keep, piece, self.planner.reads
         )
         arriving = sink.holding(
             descend(
@@ -162,10 +189,12 @@ class Descent:
         )
         sizes = {n: self.params[n].numel() for n in plan.trunk if group[n] == MODEL}
         pieces = self.planner.engine.pieces(plan.cut, self.roles.index, sizes) if sizes else []
+        if not self.processes.same(repr([numbers for _, _, numbers in pieces])):
+            pieces = [Piece(plan.cut, (), list(sizes))]
         for top, bottom, numbers in pieces:
             params = [self.params[number] for number in numbers]
             segment = Segment(top, params, True, bottom=bottom, numbers=numbers)
-            layers = self.planner.engine.layers(segment, m, self.planner.seed)
+            layers = self.planner.layers(segment, m)
             segment = segment._replace(layers=layers, hooked=top is plan.cut)
             apart = plan.sparse.union(numbers[i] for i in layers)
             arriving = sink.meet(numbers, apart, self.planner.crossing(segment, arriving))
@@ -196,29 +225,32 @@ class Descent:
         return aside.rows
 
     def from_rows(
-        self, rows: PendingRows, tasks: list[int], known: Mapping[int, int], n_rows: int
+        self,
+        rows: PendingRows,
+        tasks: list[int],
+        plan: Plan,
+        known: Mapping[int, int],
+        n_rows: int,
     ) -> TaskGradients:
         """Put rows that were set aside back into the form of one batch.
 
         Args:
             rows: Gradients, by parameter and task.
             tasks: Numbers of the tasks.
+            plan: Says which of them have gradients of which parameters, and which are sparse.
             known: Tasks that ever reached each parameter.
             n_rows: Number of tasks that may ever be present.
         """
-        position = {task: i for i, task in enumerate(tasks)}
         heads, shared = Heads([{} for _ in tasks]), self.roles.shared(known)
-        sparse = {n for n, column in rows.items() if any(g.is_sparse for g in column.values())}
-        self.keep.open(self.params, self.roles.group(shared), sparse, n_rows, len(tasks))
-        for number, column in rows.items():
-            for task, grad in column.items():
-                if number in shared:
-                    self.keep.take([number], crossing.Rows(position[task], [grad]))
-                else:
-                    heads.grads[position[task]][number] = grad
+        group = self.roles.group(shared)
+        self.keep.open(self.roles.held, group, plan.sparse, n_rows, len(tasks))
+        for i, task in enumerate(tasks):
+            found = {n: column[task] for n, column in rows.items() if task in column}
+            here = [number for number in found if number in shared]
+            self.keep.take(here, crossing.Rows(i, [found[number] for number in here]))
+            heads.grads[i] = {n: grad for n, grad in found.items() if n not in shared}
         self.keep.close()
-        reached = {n: sum(1 << task for task in column) for n, column in rows.items()}
-        return self._collected(tasks, heads, self.keep, reached, shared)
+        return self._collected(tasks, heads, self.keep, plan.reached, shared)
 
     def direction(
         self, plan: Plan, gradients: TaskGradients, decision: Decision, *, retain_graph: bool
@@ -234,9 +266,15 @@ class Descent:
             shared = sink.direction(weights.get, in_place=in_place)
         else:
             shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
+        if isinstance(sink, GramOnly) and plan.sharded:
+            return self._pull_whole(plan, gradients, decision, shared, retain_graph)
         if isinstance(sink, GramOnly):
             pulled = self._pull(plan, shared, retain_graph)
-            shared = {n: g for n, g in shared.items() if n < len(self.params)} | pulled
+            beside = {n: g for n, g in shared.items() if n < len(self.params)}
+            averaged = isinstance(sink, Streamed)
+            ours = pulled if averaged else beside | pulled
+            ours = self.processes.average(ours)
+            shared = beside | ours if averaged else ours
         return out | shared
 
     def _cross(
@@ -260,6 +298,29 @@ class Descent:
         segment = Segment(plan.cut, [self.params[n] for n in plan.trunk], retain_graph)
         found = zip(plan.trunk, pull(segment, [values.get(first + i) for i in cut])[0], strict=True)
         return {number: grad for number, grad in found if grad is not None}
+
+    def _pull_whole(
+        self,
+        plan: Plan,
+        gradients: TaskGradients,
+        decision: Decision,
+        values: Mapping[int, Tensor],
+        retain_graph: bool,
+    ) -> dict[int, Tensor]:
+        """Go down from the losses in one ordinary pass, with other gradients from the cut on."""
+        seeds = list(gradients.seeds)
+        if decision.heads is not None:
+            weights = decision.heads.unbind()
+            like = [root.node._input_metadata[root.output_nr] for root in plan.roots]
+            seeds = [
+                torch.full(kind.shape, float(w), dtype=kind.dtype, device=kind.device)
+                * (1 if seed is None else seed)
+                for seed, w, kind in zip(seeds, weights, like, strict=True)
+            ]
+        at_cut = {n - len(self.params): value for n, value in values.items()}
+        with replaced(plan.cut, at_cut):
+            found = harvest(self.params, plan.roots, seeds, retain_graph=retain_graph)
+        return self.processes.average(found)
 
     def _collected(
         self,

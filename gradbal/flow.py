@@ -20,15 +20,17 @@ from gradbal.calls import (
 from gradbal.core import Core
 from gradbal.decision import Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
+from gradbal.distributed import ALONE, Processes, connect
+from gradbal.distributed.counts import Counts
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
 from gradbal.gram import all_finite, outside_autocast
 from gradbal.learning import Learning
-from gradbal.losses import Batch, Losses, named_losses, read_batch
+from gradbal.losses import Batch, Losses
 from gradbal.phases import phase
 from gradbal.probe import probe
 from gradbal.record import StepRecord
-from gradbal.rule import Closure, LossRule, mix
+from gradbal.rule import Closure, GradientRule, LossRule, mix
 from gradbal.survey import Survey, survey_losses
 
 
@@ -61,13 +63,13 @@ class Flow:
         core, options = self.core, self.options
         with core.transaction(random=not options.capturable) as undo:
             with phase("bookkeeping"):
-                batch = self.read(losses)
+                batch = self.read(losses, call)
             scale = call.initial_gradient(batch.values.device)
-            decision, bad = self._decide_on_losses(batch, call)
-            if bad:
-                return self._refuse("loss", bad, batch.tasks, call, undo)
+            decision, shown = self._decide_on_losses(batch, call)
+            if shown.bad and options.stops_at_nonfinite(call.scaler):
+                return self._refuse("loss", shown.bad, batch.tasks, call, undo)
             if decision is not None and decision.in_one_pass and not core.pending:
-                return self._pass_once(batch, decision, scale, call, undo)
+                return self._pass_once(batch, decision, shown, scale, call, undo)
             at_cut = decision is not None and not core.pending
             further = [] if decision is not None else self._read_more(batch, call)
             with phase("jacobian"), explaining_donation():
@@ -94,11 +96,12 @@ class Flow:
                 self.planner.chooser.stop()
             return True
 
-    def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, list[int]]:
-        """Find weights that need no gradient, or the tasks whose losses forbid to go on."""
+    def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, Survey]:
+        """Find weights that need no gradient, and look at the losses where that is enough."""
         core, options = self.core, self.options
+        unseen = Survey({}, batch.values, None, [])
         if call.accumulate:
-            return None, []
+            return None, unseen
         reusable = call.replay or core.age + 1 < options.update_every
         held = reuse(core, sorted({*batch.tasks, *core.pending.losses})) if reusable else None
         if call.replay and held is None:
@@ -107,18 +110,19 @@ class Flow:
                 "of this step; return those of the same tasks."
             )
         if core.pending or (held is None and not isinstance(core.rule, LossRule)):
-            return held, []
-        aux = call.aux_batch
+            return held, unseen
         seen = survey_losses(
-            batch.values, None if aux is None else aux.values, capturable=options.capturable
+            batch.values,
+            self.processes.beside(call.aux_batch),
+            self.processes.sum,
+            capturable=options.capturable,
         )
-        if seen.bad and options.stops_at_nonfinite(call.scaler):
-            return None, seen.bad
-        if held is None:
+        stops = seen.bad and options.stops_at_nonfinite(call.scaler)
+        if held is None and not stops:
             self.learning.show(batch.tasks, seen.losses)
             with phase("solve"):
                 held = decide(core, options.policy, batch.tasks, {}, seen)
-        return held, []
+        return held, seen
 
     def _decide(
         self,
@@ -142,6 +146,8 @@ class Flow:
             partial(probe, self.core, found.tasks, self.descent.params),
             self.learning.lr,
             self.learning.base_lr,
+            {n: self.descent.params[n] for n in self.descent.roles.shards},
+            self.processes,
         )
         return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
 
@@ -158,16 +164,18 @@ class Flow:
                 found.plan, found.gradients, decision, retain_graph=call.retain_graph
             )
             unseen = call.scaler is not None and found.gradients.at_cut
-            if unseen and not all_finite(grads.values(), found.losses.device):
+            if unseen and not self.processes.all(all_finite(grads.values(), found.losses.device)):
                 return False
-            self.writer.add(params, grads, self.descent.keep.buffers())
-            self.writer.add(params, found.aux, {})
+            held = self.descent.roles.held
+            self.writer.add(params, held, grads, self.descent.keep.buffers())
+            self.writer.add(params, held, found.aux, {})
         return True
 
     def _pass_once(
         self,
         batch: Batch,
         decision: Decision,
+        seen: Survey,
         scale: Tensor | None,
         call: Call,
         undo: Callable[[], None],
@@ -180,9 +188,11 @@ class Flow:
         weights = decision.shared[MODEL]
         with phase("backward"), replacing_grads(params, fresh=call.fresh):
             only_ours = planner.foreign and not planner.hidden
-            finite = pass_once(params, batch, weights, scale, call, only_ours=only_ours)
+            finite = pass_once(
+                params, batch, weights, scale, call, self.processes, only_ours=only_ours
+            )
         if finite:
-            self._commit(decision, batch.tasks, Survey({}, batch.values, None, []), call)
+            self._commit(decision, batch.tasks, seen, call)
         else:  # the scaler will leave the step out
             undo()
         return True
@@ -230,21 +240,49 @@ class Flow:
         fill(self.descent.params, None if call.scaler is None else torch.inf)
         return call.scaler is not None
 
-    def read(self, losses: Losses) -> Batch:
-        """Bring the losses into one form and give each task its number."""
-        self.options.check_processes()
-        self.planner.seed = mix(self.core.seed, self.core.solved)
+    @property
+    def processes(self) -> Processes:
+        """Those that balance their losses together."""
+        return self.descent.processes
+
+    def read(self, losses: Losses, call: Call | None = None) -> Batch:
+        """Bring the losses into one form and give each task its number.
+
+        Args:
+            losses: Those of this process.
+            call: The arguments of the call; None to leave other processes out of it.
+        """
+        core = self.core
+        self.planner.seed = mix(core.seed, core.solved)
         moved = self.descent.refresh()
         if moved is not None:
-            self.core.renumber(moved)
-        names, found = named_losses(losses)
-        batch = read_batch(found, self.core.number_tasks(names, len(found)))
+            core.renumber(moved)
+        if call is None:
+            batch = ALONE.meet(core, losses, None, "", None)
+        else:
+            batch = self._meet().meet(core, losses, call.counts, self._point(call), call.aux_batch)
         if not batch.tasks:
             raise ValueError(
                 "Losses: no loss has a graph, so there is nothing to differentiate; compute at "
                 "least one from parameters that require gradients."
             )
         return batch
+
+    def _meet(self) -> Processes:
+        """Return the processes that balance their losses together, found anew if that changed."""
+        whole = isinstance(self.core.rule, GradientRule)
+        found = connect(self.options.process_group, self.processes, whole=whole)
+        if found is not self.processes:
+            self.options.check_processes(self.core.rule, self.planner.engine)
+            self.descent.meet(found)
+        found.join(self.descent.params)
+        return found
+
+    def _point(self, call: Call) -> str:
+        """Say where in the training this process is."""
+        kind = "puts gradients aside" if call.accumulate else "balances losses"
+        pending = " after others" if self.core.pending else ""
+        return f"{kind}{pending} after {self.core.solved} solved steps"
 
     def _read_more(self, batch: Batch, call: Call) -> list[Batch | Closure]:
         """Bring further batches into form; closures stay for rules that look ahead."""
@@ -260,10 +298,9 @@ class Flow:
             if callable(more) and getattr(core.rule, "probes", False):
                 found.append(more)
                 continue
-            with torch.enable_grad():
+            with torch.enable_grad(), self.processes.telling(core):
                 losses = more() if callable(more) else more
-            names, tensors = named_losses(losses)
-            found.append(read_batch(tensors, core.number_tasks(names, len(tensors))))
+            found.append(self.processes.meet(core, losses, call.counts, self._point(call), None))
             if found[-1].tasks != batch.tasks:
                 raise ValueError(
                     f"{OWNER}: every batch must have losses of the same tasks, got those of "
@@ -273,7 +310,12 @@ class Flow:
         return found
 
     def evaluate(
-        self, more: Sequence[Any], losses: Losses, aux: AuxLosses | None, count: int
+        self,
+        more: Sequence[Any],
+        counts: Counts | None,
+        losses: Losses,
+        aux: AuxLosses | None,
+        count: int,
     ) -> Tensor:
         """Write gradients for one of several evaluations in a step, all with the same weights."""
         self.options.check_more(self.core.rule, more, piecewise=False)
@@ -290,6 +332,7 @@ class Flow:
                 f"in a step, and {type(self.core.rule).__name__} with these options has no weights "
                 "to hold meanwhile; choose a rule with weights, and one group."
             )
-        self.balance(losses, Call(aux, fresh=True, hold=count == 1, replay=count > 1, more=more))
+        again = {"hold": count == 1, "replay": count > 1}
+        self.balance(losses, Call(aux, fresh=True, more=more, counts=counts, **again))
         self.holds = bool(self.core.held)
         return self.last.objective() if self.last is not None else torch.zeros(())

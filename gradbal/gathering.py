@@ -1,7 +1,7 @@
 """The task gradients of one call: of this batch, and of what was put aside before it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,8 +9,12 @@ from torch import Tensor
 from gradbal.calls import Call, aux_gradients
 from gradbal.core import Core
 from gradbal.descent import Descent
+from gradbal.distributed import Processes
+from gradbal.engines import Representation
 from gradbal.graph import Plan
+from gradbal.harvest import harvest, harvest_rows
 from gradbal.losses import Batch
+from gradbal.pending import Rows
 from gradbal.survey import Survey, survey
 from gradbal.task_gradients import TaskGradients
 
@@ -25,13 +29,29 @@ class Gathered:
         gradients: The task gradients.
         losses: The losses, shape ``[m]``.
         aux: Gradients of auxiliary losses, by parameter.
+        processes: Each of which has a part of inner products and losses.
     """
+
+    def settle(self) -> "Gathered":
+        """Average what is no row of shared parameters, and learn what any process has found."""
+        if self.processes.size > 1:
+            heads, sink = self.gradients.heads, self.gradients.sink
+            owned = {(i, n): grad for i, own in enumerate(heads.grads) for n, grad in own.items()}
+            owned |= {(-1, n): grad for n, grad in self.aux.items()}
+            found = self.processes.settle(owned, [(0, n) for n in sink.written])
+            heads.grads = [{} for _ in heads.grads]
+            self.aux = {}
+            for (task, number), grad in found.grads.items():
+                (self.aux if task < 0 else heads.grads[task])[number] = grad
+            sink.written = {number for _, number in found.marks}
+        return self
 
     plan: Plan
     known: dict[int, int]
     gradients: TaskGradients
     losses: Tensor
     aux: dict[int, Tensor]
+    processes: Processes
 
     @property
     def tasks(self) -> list[int]:
@@ -45,6 +65,7 @@ class Gathered:
             self.losses,
             [*self.gradients.heads.owned(), *((-1, grad) for grad in self.aux.values())],
             scale,
+            self.processes,
             capturable=capturable,
         )
 
@@ -73,20 +94,38 @@ def gather(
     Returns:
         None if this batch is put aside, too.
     """
-    plans = [descent.planner.plan(losses, core.sets, found=at_cut) for losses in (batch, *further)]
+    processes, planner = descent.processes, descent.planner
+
+    def make(known: Mapping[int, int]) -> list[Plan]:
+        plans = [planner.plan(losses, known, found=at_cut) for losses in (batch, *further)]
+        if any(plan.hidden for plan in plans):
+            raise RuntimeError(
+                "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so "
+                "their task gradients cannot be computed; pass use_reentrant=False to torch's "
+                "checkpoint."
+            )
+        return plans
+
+    plans = processes.plan(make, core.sets)
     plan = plans[0]
-    if any(plan.hidden for plan in plans):
+    aux = _aux(descent, plan, batch.losses, call, scale)
+    looks = at_cut or isinstance(planner.engine, Representation)
+    if plan.sharded and looks and plan.mixed and not at_cut:
         raise RuntimeError(
-            "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so their "
-            "task gradients cannot be computed; pass use_reentrant=False to torch's checkpoint."
+            "Representation: parameters sharded by fully_shard are used by several tasks beside "
+            "the representation, where their gradients cannot be told apart; name a module above "
+            "which every parameter belongs to one task, or choose another engine."
         )
-    if not at_cut:
+    stays = looks and not plan.mixed and not call.accumulate and not core.pending
+    if plan.sharded and not stays:
+        piece = harvest_rows(descent.params, batch, scale, retain_graph=call.retain_graph)
+        return _joined(descent, core, plan, batch, call, piece, aux)
+    if not at_cut and not plan.sharded:
         in_parts = call.accumulate or further or bool(core.pending)
-        descent.planner.choose(core, plan, whole=not in_parts)
+        planner.choose(core, plan, processes.first, whole=not in_parts)
     known = core.sets
     for one in plans:
         known = _united(known, one.reached)
-    aux = aux_gradients(call.aux_batch, descent.params, scale)
     count, retain = len(core.names), call.retain_graph
     if not call.accumulate and not core.pending:
         gradients = descent.gather(
@@ -99,17 +138,46 @@ def gather(
             retain_graph=retain,
             further=list(zip(plans[1:], further, strict=True)),
         )
-        return Gathered(plan, known, gradients, batch.values, aux)
+        return Gathered(plan, known, gradients, batch.values, aux, processes).settle()
     piece = descent.rows(plan, batch, scale, retain_graph=retain)
-    if call.accumulate:
-        core.pending = core.pending.plus(piece, batch.by_task(), aux)
-        core.sets = known
-        return None
+    return _joined(descent, core, plan, batch, call, piece, aux)
+
+
+def _joined(
+    descent: Descent,
+    core: Core,
+    plan: Plan,
+    batch: Batch,
+    call: Call,
+    piece: Rows,
+    aux: dict[int, Tensor],
+) -> Gathered | None:
+    """Put a piece of a batch aside, or bring it together with those put aside before."""
     whole = core.pending.plus(piece, batch.by_task(), aux)
-    tasks = sorted(whole.losses)
-    gradients = descent.from_rows(whole.rows, tasks, known, count)
-    losses = torch.stack([whole.losses[task] for task in tasks])
-    return Gathered(plan, known, gradients, losses, whole.aux)
+    if call.accumulate:
+        core.pending, core.sets = whole, _united(core.sets, plan.reached)
+        return None
+    reached = {n: sum(1 << task for task in column) for n, column in whole.rows.items()}
+    sparse = {n for n, rows in whole.rows.items() if any(g.is_sparse for g in rows.values())}
+    found = replace(plan, reached=reached, sparse=sparse)
+    plan = descent.processes.plan(lambda known: [found], core.sets)[0]
+    known = _united(core.sets, plan.reached)
+    gradients = descent.from_rows(whole.rows, sorted(whole.losses), plan, known, len(core.names))
+    losses = torch.stack([whole.losses[task] for task in gradients.tasks])
+    return Gathered(plan, known, gradients, losses, whole.aux, descent.processes).settle()
+
+
+def _aux(
+    descent: Descent, plan: Plan, losses: Sequence[Tensor], call: Call, scale: Tensor | None
+) -> dict[int, Tensor]:
+    """Return the gradients of auxiliary losses, by parameter."""
+    batch = call.aux_batch
+    if batch is not None and plan.sharded:
+        # what a sharded module has not seen in a pass, it would take for a part of the next one
+        none = [torch.zeros_like(loss) for loss in losses]
+        tops, seeds = [batch.joined, *losses], [batch.seed(scale), *none]
+        return harvest(descent.params, tops, seeds, retain_graph=True)
+    return aux_gradients(batch, descent.params, scale)
 
 
 def _united(known: dict[int, int], reached: Mapping[int, int]) -> dict[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal.blocks import place_of
 from gradbal.gram import added
+from gradbal.sharded import local, placed_like
 
 HOLDERS = 3  # of a gradient in the loop below: the mapping, a variable, the question itself
 
@@ -24,12 +25,17 @@ class Writer:
         self.buffers: dict[int, Tensor] = {}
 
     def add(
-        self, params: Sequence[Tensor], grads: Mapping[int, Tensor], lent: Mapping[int, Tensor]
+        self,
+        params: Sequence[Tensor],
+        held: Sequence[Tensor],
+        grads: Mapping[int, Tensor],
+        lent: Mapping[int, Tensor],
     ) -> None:
         """Add gradients to ``.grad``.
 
         Args:
             params: All parameters.
+            held: What this process holds of each.
             grads: What to add, by number of the parameter.
             lent: Storage that belongs to somebody else, by number; a gradient that already lies
                 there is attached as it is.
@@ -41,7 +47,8 @@ class Writer:
         taken: set[int] = set()
         for number in grads:
             param, grad = params[number], grads[number]
-            old = param.grad
+            part = held[number]
+            old = param.grad if part is param or param.grad is None else local(param.grad)
             if grad.is_sparse or (old is not None and old.is_sparse):
                 param.grad = grad.clone() if old is None else added(old, grad)
             elif old is not None:
@@ -49,15 +56,16 @@ class Writer:
                 dense.append(grad)
             else:
                 place = lent.get(number)
-                if place is None and getrefcount(grad) == HOLDERS and _fits(grad, param, taken):
-                    param.grad = grad
+                if place is None and getrefcount(grad) == HOLDERS and _fits(grad, part, taken):
+                    param.grad = grad if part is param else placed_like(grad, param)
                     continue
                 if place is None:
-                    place = self._buffer(number, param)
+                    place = self._buffer(number, part)
                 if place is not grad:
                     fresh.append(place)
                     copies.append(grad)
-                param.grad = place.detach()  # scripts that replace `.grad.data` must not reach us
+                own = place.detach()  # scripts that replace `.grad.data` must not reach us
+                param.grad = own if part is param else placed_like(own, param)
         if fresh:
             torch._foreach_copy_(fresh, copies)
         if into:

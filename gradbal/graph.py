@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Parameter
+from torch.nn.parallel.distributed import _DDPSink
+
+from gradbal.sharded import is_sharded
 
 Boundary = tuple[GradientEdge, ...]
 Edge = tuple[Node | None, int]
@@ -24,6 +28,7 @@ class Marked(NamedTuple):
     tasks: int
 
 
+SINK = getattr(_DDPSink, "_backward_cls", None)  # what DDP hands its outputs through, as they are
 LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # AccumulateGrad
 
 
@@ -45,6 +50,9 @@ class Plan:
         one_node: Whether one node, possibly compiled, stands for what several tasks do.
         hidden: Whether a reentrant checkpoint hides a part of the graph.
         apart: Whether no pass from a loss to the cut meets a node of another's.
+        sharded: Whether the parameters are those of ``fully_shard``, which the graph does not show.
+        mixed: Whether several tasks use one leaf beside the region below the cut.
+        peers: How many processes work together on one part of the batch.
     """
 
     roots: list[GradientEdge]
@@ -60,6 +68,9 @@ class Plan:
     one_node: bool = False
     hidden: bool = False
     apart: bool = True
+    sharded: bool = False
+    mixed: bool = False
+    peers: int = 1
 
 
 @dataclass
@@ -71,12 +82,14 @@ class Walk:
         edges: What each node passes gradients to; a node None takes none.
         tasks: The roots above each node, as a bit set.
         users: How many edges lead to each node.
+        sinks: Whether there are nodes that only hand on what comes, for several tasks at once.
     """
 
     order: list[Node]
     edges: dict[Node, Sequence[Edge]]
     tasks: dict[Node, int]
     users: dict[Node, int]
+    sinks: bool = False
 
     @cached_property
     def kinds(self) -> dict[str, type]:
@@ -115,6 +128,11 @@ def make_plan(
             None for where the tasks' graphs meet.
     """
     walk = walk_graph(roots, tasks)
+    passed_on = walk.sinks
+    if passed_on:
+        found = [_behind((root.node, root.output_nr)) for root in roots]
+        roots = [GradientEdge(node, number) for node, number in found if node is not None]
+        walk = walk_graph(roots, tasks, behind=True)
     marked = marked_edges(walk, tag)
     common = {node for node, above in walk.tasks.items() if above & (above - 1)}  # of several tasks
     region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
@@ -131,15 +149,19 @@ def make_plan(
         one_node=any(several(walk.tasks[root.node]) for root in roots)
         or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
         hidden="CheckpointFunctionBackward" in walk.kinds,
-        apart=common <= region,
+        apart=common <= region and not passed_on,
     )
     position, sparse = {task: i for i, task in enumerate(tasks)}, walk.sparse_leaves()
     for node in walk.order:
         if type(node) is not LEAF:
             continue
-        number = index.get(id(node.variable))  # type: ignore[attr-defined]  # of AccumulateGrad
+        variable = node.variable  # type: ignore[attr-defined]  # of AccumulateGrad
+        if type(variable) is not Parameter and is_sharded(variable):
+            plan.peers = max(plan.peers, variable.device_mesh.size())
+        plan.mixed |= node in common and (node not in region or node in entries)
+        number = index.get(id(variable))
         if number is None:
-            plan.foreign += 1
+            plan.foreign += bool(walk.users[node])  # else a loss itself
             continue
         reached = plan.reached[number] = walk.tasks[node]
         if node in sparse:
@@ -166,17 +188,30 @@ def members(tasks: int) -> list[int]:
     return [task for task in range(tasks.bit_length()) if tasks >> task & 1]
 
 
-def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
-    """Visit every node under the roots and note the tasks above it."""
+def walk_graph(
+    roots: Sequence[GradientEdge], numbers: Sequence[int], *, behind: bool = False
+) -> Walk:
+    """Visit every node under the roots and note the tasks above it.
+
+    Args:
+        roots: Where the losses stand.
+        numbers: Of their tasks.
+        behind: Look through nodes that only hand on what comes, for several tasks at once.
+    """
     tasks = dict.fromkeys((root.node for root in roots), 0)
     for number, root in zip(numbers, roots, strict=True):
         tasks[root.node] |= 1 << number
     users = dict.fromkeys(tasks, 0)
     edges: dict[Node, Sequence[Edge]] = {}
     stack = list(tasks)
+    sinks = False
     while stack:
         node = stack.pop()
-        below = edges[node] = node.next_functions
+        below: Sequence[Edge] = node.next_functions
+        if behind:
+            below = list(map(_behind, below))
+        sinks |= type(node) is SINK
+        edges[node] = below
         for child, _ in below:
             if child in users:
                 users[child] += 1
@@ -196,7 +231,15 @@ def walk_graph(roots: Sequence[GradientEdge], numbers: Sequence[int]) -> Walk:
                 left[child] -= 1
                 if not left[child]:
                     stack.append(child)
-    return Walk(order, edges, tasks, users)
+    return Walk(order, edges, tasks, users, sinks)
+
+
+def _behind(edge: Edge) -> Edge:
+    """Return the edge to which another leads through nodes that hand on what comes."""
+    node, number = edge
+    while node is not None and type(node) is SINK:
+        node, number = node.next_functions[number]
+    return node, number
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:
@@ -232,6 +275,15 @@ def marked_edges(walk: Walk, tag: Hashable) -> list[Marked]:
         for node in walk.order
         for output, place in _metadata(node).get(tag, {}).items()
     ]
+
+
+def made_of_parameters(edge: GradientEdge) -> bool:
+    """Say whether what stands at an edge is one parameter, seen through operations of its own."""
+    node: Node | None = edge.node
+    while node is not None and type(node) is not LEAF:
+        children = [child for child, _ in node.next_functions if child is not None]
+        node = children[0] if len(children) == 1 else None
+    return node is not None
 
 
 def nodes_below(tops: Sequence[Node], walk: Walk) -> set[Node]:

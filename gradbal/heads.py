@@ -10,6 +10,7 @@ from torch import Tensor
 from gradbal.crossing import Cotangent, Rows, Segment, pull
 from gradbal.gram import added
 from gradbal.graph import Boundary, Plan
+from gradbal.sharded import own_part
 
 
 class Sink(Protocol):
@@ -80,7 +81,10 @@ def descend(
             grads = torch.autograd.grad(
                 [root], inputs, [seeds[task]], retain_graph=keep, allow_unused=True
             )
-        beside = grads[len(edges) :]
+        numbers = (*own, *above)
+        beside = [
+            own_part(g, params[n]) for g, n in zip(grads[len(edges) :], numbers, strict=False)
+        ]
         pairs = zip(own, beside, strict=False)
         heads.grads.append({number: grad for number, grad in pairs if grad is not None})
         if above:

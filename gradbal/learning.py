@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbal.closures import losses_after
 from gradbal.core import Core
+from gradbal.distributed import Processes
 
 
 class Learning:
@@ -42,11 +43,12 @@ class Learning:
         return lr
 
     @torch.no_grad()
-    def after_step(self, closure: Callable[[], Any] | None) -> None:
+    def after_step(self, closure: Callable[[], Any] | None, processes: Processes) -> None:
         """Do what follows a step of the model.
 
         Args:
             closure: Evaluates the losses again, if there is one that does.
+            processes: Each with its part of the batch.
         """
         core = self.core
         core.learn(self.lr)
@@ -54,9 +56,11 @@ class Learning:
             return
         core.awaiting, core.decided = set(core.decided), set()
         if closure is not None and core.rule.after != "next":
-            names, losses = losses_after(closure)
-            tasks = core.number_tasks(names, len(losses))
-            self.show(tasks, torch.stack([loss.reshape(()) for loss in losses]).double())
+            with processes.telling(core):
+                names, losses = losses_after(closure)
+                tasks = core.number_tasks(names, len(losses))
+            values = torch.stack([loss.reshape(()) for loss in losses]).double()
+            self.show(*processes.joined(core, tasks, values))
         else:
             self.tell_once(
                 "next",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradbal.sharded import is_sharded
+
 PIECES = ("UnbindBackward0", "SelectBackward0")  # what takes a piece out of a stack
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -21,13 +23,16 @@ class Batch:
         tasks: Numbers of the present tasks, ascending as given.
         losses: The losses of these tasks as given.
         joined: The same as one tensor with a graph, shape ``[m]``.
-        values: The same detached, float64.
+        values: The same detached, float64; with several processes, summands of their mean.
+        shares: Factor on each loss, on the CPU, shape ``[m]``: with several processes its share
+            of the samples times their number. None for 1.
     """
 
     tasks: list[int]
     losses: list[Tensor]
     joined: Tensor
     values: Tensor
+    shares: Tensor | None = None
 
     @cached_property
     def edges(self) -> list[GradientEdge]:
@@ -44,16 +49,39 @@ class Batch:
         Args:
             weights: Shape ``[m]``, or 0-dim for the same one everywhere.
         """
-        if weights is None:
+        if weights is None and self.shares is None:
             return [None] * len(self.losses)
         pairs = zip(self.seed(weights).unbind(), self.losses, strict=True)
         return [weight.to(loss.device, loss.dtype).view_as(loss) for weight, loss in pairs]
 
     def seed(self, weights: Tensor | None) -> Tensor:
         """Return the initial gradient of the joined losses, likewise."""
+        weights = self._shared(weights)
         if weights is None:
             return torch.ones_like(self.joined)
         return weights.to(self.joined).expand_as(self.joined)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether only other processes have losses."""
+        return self.shares is not None and not self.shares.any()
+
+    def share(self, shares: Sequence[float], size: int) -> None:
+        """Take a part in the mean over so many processes.
+
+        Args:
+            shares: Of the samples, times the number of processes; one per loss.
+            size: The number of processes.
+        """
+        if any(share != 1 for share in shares):
+            self.shares = torch.tensor(shares, dtype=torch.float64)
+            self.values = self.values * self.shares.to(self.values)
+        self.values = self.values / size
+
+    def _shared(self, weights: Tensor | None) -> Tensor | None:
+        if self.shares is None or weights is None:
+            return weights if self.shares is None else self.shares
+        return weights * self.shares.to(weights)
 
 
 def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
@@ -86,6 +114,7 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
         )
     if not found:
         raise ValueError("Losses: expected at least one loss, got none.")
+    found = [loss.full_tensor() if is_sharded(loss) else loss for loss in found]
     for position, loss in enumerate(found):
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             _refuse(loss, repr(names[position]) if names else str(position))
@@ -124,6 +153,11 @@ def read_batch(losses: Sequence[Tensor], tasks: Sequence[int]) -> Batch:
         joined = torch.stack([_scalar(loss).to(device) for loss in found])
     wide = torch.float32 if device.type == "mps" else torch.float64
     return Batch([tasks[i] for i in present], found, joined, joined.detach().to(wide))
+
+
+def placeholder(device: torch.device) -> Tensor:
+    """Return what stands for the loss of a task that only other processes have."""
+    return torch.zeros((), device=device, requires_grad=True)
 
 
 def _scalar(loss: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gradbal.calls import AuxLosses, Call, explaining_donation
 from gradbal.closures import Evaluations
 from gradbal.core import Core
 from gradbal.descent import Descent
+from gradbal.distributed.counts import Counts
 from gradbal.engines import Auto, Engine, make_engine
 from gradbal.flow import Flow
 from gradbal.losses import Losses
@@ -53,8 +54,9 @@ class MTLOptimizer(WrappedOptimizer):
         learned_lr: Learning rate of what the rule learns; None for the rule's own, or else the
             live one of the first parameter group.
         capturable: Read nothing back from the device, so that a step can be captured.
-        process_group: ``"auto"``, or None to let every process decide for itself. Averaging over
-            processes is not part of this release; a run with several processes says so.
+        process_group: Processes that balance their losses together, each with its part of the
+            batch: ``"auto"`` for all there are, a group of ``torch.distributed``, or None for
+            this process alone.
         seed: Seed of all randomness in the rule.
         gram_over: Parameters, or modules, over which inner products of task gradients are taken,
             such as the last shared block; None for all shared ones. The weights then are those of
@@ -124,6 +126,7 @@ class MTLOptimizer(WrappedOptimizer):
         accumulate: bool = False,
         scaler: Any = None,
         retain_graph: bool = False,
+        counts: Counts | None = None,
     ) -> None:
         """Add the balanced gradient to ``.grad``, as ``loss.backward()`` adds the plain one.
 
@@ -139,6 +142,8 @@ class MTLOptimizer(WrappedOptimizer):
             scaler: A ``GradScaler``; give the losses as they are. The rule sees true gradients,
                 ``.grad`` is left scaled for ``unscale_`` and ``scaler.step(mtl_opt)``.
             retain_graph: Keep the graph for another pass.
+            counts: With several processes, the number of samples behind each loss in this one, as
+                a mapping or a list; None if it is the same wherever there is a loss.
 
         Raises:
             TypeError: If the losses are no tensors.
@@ -146,7 +151,8 @@ class MTLOptimizer(WrappedOptimizer):
                 finite; then nothing has changed.
         """
         self.options.check_more(self.core.rule, more, accumulate or bool(self.core.pending))
-        self._flow.balance(losses, Call(aux, accumulate, scaler, retain_graph, more=more))
+        call = Call(aux, accumulate, scaler, retain_graph, more=more, counts=counts)
+        self._flow.balance(losses, call)
 
     def step(  # type: ignore[override]  # losses come where torch has the closure
         self,
@@ -154,6 +160,7 @@ class MTLOptimizer(WrappedOptimizer):
         *more: Losses | Callable[[], Any],
         closure: Callable[[], Any] | None = None,
         aux: AuxLosses | None = None,
+        counts: Counts | None = None,
     ) -> Any:
         """Balance the losses and step; without losses, step with the gradients there are.
 
@@ -164,6 +171,7 @@ class MTLOptimizer(WrappedOptimizer):
                 rules that look at the losses after the step. One that returns a scalar or None
                 and calls ``backward`` itself goes to the base as it is.
             aux: As for ``backward``.
+            counts: As for ``backward``.
 
         Returns:
             What the base optimizer returns: the value of the closure, if it had one.
@@ -176,16 +184,18 @@ class MTLOptimizer(WrappedOptimizer):
             self.core.rule, self.base, losses, closure, aux, needed=self._needs_closure
         )
         if losses is not None:
-            if not self._flow.balance(losses, Call(aux, fresh=True, more=more)):
+            if not self._flow.balance(losses, Call(aux, fresh=True, more=more, counts=counts)):
                 return None
             result = self.base.step()
         elif closure is None:
             result = self.base.step()
         else:
-            evaluations = Evaluations(closure, partial(self._flow.evaluate, more), aux)
-            result = self.base.step(evaluations)
+            evaluate = partial(self._flow.evaluate, more, counts)
+            evaluations = Evaluations(closure, evaluate, aux)
+            with self._flow.processes.telling(self.core):
+                result = self.base.step(evaluations)
             closure = closure if evaluations.count else None
-        self._flow.learning.after_step(closure)
+        self._flow.learning.after_step(closure, self._flow.processes)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:

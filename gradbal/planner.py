@@ -1,11 +1,12 @@
 """What is planned before going down: where the tasks meet, and with which engine to go."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from gradbal.auto import Chooser
+from gradbal.auto import ENGINES, Chooser
 from gradbal.core import Core
-from gradbal.crossing import Segment
+from gradbal.crossing import Layer, Segment
 from gradbal.crossing.segment import Crossing
 from gradbal.engines import Engine, Representation
 from gradbal.graph import Plan, make_plan
@@ -29,9 +30,11 @@ class Planner:
     Attributes:
         engine: The engine in use.
         crossing: How it goes through a segment.
+        alone: Whether task gradients are whole in this process, so that products of their factors
+            are inner products.
         seed: Of what is drawn in this step.
         walked: Whether a graph has been seen.
-        hidden: Whether a reentrant checkpoint hid a part of the newest one.
+        hidden: Whether a reentrant checkpoint or ``fully_shard`` hid a part of the newest one.
         foreign: Whether parameters of no group were met there.
     """
 
@@ -45,6 +48,7 @@ class Planner:
         reads: bool,
     ) -> None:
         self.roles, self.chooser, self.reads = roles, chooser, reads
+        self.alone = True
         self.crossings: dict[Engine, Crossing] = {}
         self.use(engine)
         self.log, self.seed = Log(), 0
@@ -64,20 +68,26 @@ class Planner:
             self.crossings[engine] = engine.crossing()
         self.crossing = self.crossings[engine]
 
-    def choose(self, core: Core, plan: Plan, *, whole: bool) -> None:
+    def choose(
+        self, core: Core, plan: Plan, first: Callable[[int], int] = int, *, whole: bool
+    ) -> None:
         """Choose the engine for a batch, if it is not always the same.
 
         Args:
             core: Knows what has been settled.
             plan: The plan.
+            first: Gives what the first of several processes would do.
             whole: Whether the batch stands alone, so that its gradients may be dropped.
         """
         if self.chooser is not None:
             streams = whole and not self.roles.some
             core.choice, engine = self.chooser.choose(
-                core.choice, plan, self.roles.params, streams=streams
+                core.choice, plan, self.roles.params, streams=streams, products=self.alone
             )
-            self.use(engine)
+            engines = list(ENGINES.values())
+            self.use(engines[first(engines.index(engine))])
+            if self.engine != engine:
+                self.chooser.running = None
 
     def plan(self, batch: Batch, known: Mapping[int, int], *, found: bool = False) -> Plan:
         """Walk the graph.
@@ -102,12 +112,16 @@ class Planner:
                 shared=self.roles.named,
                 tag=tag,
             )
-        if not plan.reached and not plan.hidden:
+        if plan.foreign and self.roles.shards - plan.reached.keys() == self.roles.shards > set():
+            own: list[list[int]] = [[] for _ in plan.roots]
+            plan = replace(plan, sharded=True, foreign=0, own=own, above=own, trunk=[])
+        known_there = plan.hidden or plan.sharded or batch.elsewhere
+        if not plan.reached and not known_there:
             raise ValueError(
                 "MTLOptimizer: the losses reach no parameter of the base optimizer; build it with "
                 "the parameters of the model that made them."
             )
-        if tag is not None:
+        if tag is not None and not batch.elsewhere:
             check_marks(plan, self.n_modules, mixed=self.mixed)
         elif looks and not plan.cut and sum(map(bool, plan.above)) > 1:
             raise RuntimeError(
@@ -115,7 +129,8 @@ class Planner:
                 "representation to look at; name a module or choose another engine."
             )
         self.log.about(plan)
-        self.walked, self.hidden, self.foreign = True, plan.hidden, plan.foreign > 0
+        self.walked = True
+        self.hidden, self.foreign = plan.hidden or plan.sharded, plan.foreign > 0
         return plan
 
     def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
@@ -123,5 +138,8 @@ class Planner:
         top = plan.cut if plan.trunk else ()
         params = [self.roles.params[number] for number in plan.trunk]
         segment = Segment(top, params, retain_graph, numbers=plan.trunk)
-        layers = self.engine.layers(segment, len(plan.tasks), self.seed)
-        return segment._replace(layers=layers)
+        return segment._replace(layers=self.layers(segment, len(plan.tasks)))
+
+    def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
+        """Return the layers of a segment whose gradients are not to be formed, by position."""
+        return self.engine.layers(segment, n_tasks, self.seed) if self.alone else {}

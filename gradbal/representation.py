@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gradbal.graph import Boundary, Place, Plan, mark, several
+from gradbal.distributed import Processes
+from gradbal.graph import Boundary, Place, Plan, made_of_parameters, mark, several
 from gradbal.sinks import Represented
 
 
@@ -60,9 +61,9 @@ def boundary(plan: Plan) -> Boundary:
     return (*plan.cut, *(edge for edge, *_ in plan.marked if edge not in cut))
 
 
-def represented(plan: Plan, n_params: int, *, pool: bool) -> Represented:
+def represented(plan: Plan, n_params: int, processes: Processes, *, pool: bool) -> Represented:
     """Return a sink whose rows are the gradients at the marked edges, or else at the cut."""
-    sink = Represented(len(plan.tasks), len(plan.cut), n_params, pool)
+    sink = Represented(len(plan.tasks), len(plan.cut), n_params, processes, pool)
     position = {edge: i for i, edge in enumerate(boundary(plan))}
     if not plan.marked:
         sink.slots = [[i] for i in position.values()]
@@ -73,4 +74,8 @@ def represented(plan: Plan, n_params: int, *, pool: bool) -> Represented:
         for edge, place, _ in plan.marked:
             calls.setdefault(place, []).append(position[edge])
         sink.slots = list(calls.values())
+    sink.peers = plan.peers
+    if processes.size > 1 and processes.even:
+        edges = list(position)
+        sink.alike = {i for i, slot in enumerate(sink.slots) if made_of_parameters(edges[slot[0]])}
     return sink

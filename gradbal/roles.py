@@ -9,6 +9,7 @@ from torch import Tensor
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
 from gradbal.blocks import BESIDE, MODEL
 from gradbal.graph import several
+from gradbal.sharded import is_sharded, local
 
 
 class Roles:
@@ -23,6 +24,8 @@ class Roles:
 
     Attributes:
         params: The parameters.
+        held: What this process holds of each.
+        shards: Numbers of those of which it may hold a part only.
         index: The number of each, by ``id``.
     """
 
@@ -37,6 +40,8 @@ class Roles:
     ) -> None:
         self.base, self.groups, self.everything = base, groups, everything
         self.params: list[Tensor] = []
+        self.held: list[Tensor] = []
+        self.shards: set[int] = set()
         self.index: dict[int, int] = {}
         self.grouped: dict[int, str] = {}
         self._shared: set[int] | None = None
@@ -61,6 +66,8 @@ class Roles:
         if len(params) == len(self.params) and all(map(is_, params, self.params)):
             return None
         old, self.params = self.params, params
+        self.shards = {n for n, param in enumerate(params) if is_sharded(param)}
+        self.held = [local(p) if n in self.shards else p for n, p in enumerate(params)]
         self.index = {id(param): number for number, param in enumerate(params)}
         self.grouped = {}
         moved = {n: self.index[id(p)] for n, p in enumerate(old) if id(p) in self.index}

@@ -1,6 +1,6 @@
 """The contract of a rule: what it looks at, what it keeps and what it promises."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal.gram import total_gram, total_vector
+from gradbal.sharded import part_of
 
 State = dict[str, Tensor]
 Rows = list[Tensor]  # task gradients, one tensor of shape [m, *shape] per parameter
@@ -85,6 +86,7 @@ class Context:
             absent tasks.
         gram: Computes the Gram matrix of rows, summed over parameters, where rules solve.
         total: Sums vectors of shape ``[m]``, one per parameter, there.
+        shards: Parameters, by index, of which this process may hold a part only.
         probe: ``probe(direction, lr, closure)`` evaluates a closure's losses at
             ``parameters - lr * direction`` and differentiates each, or with ``weights=``, shape
             ``[k, m]``, sums of them; everything is as before then.
@@ -110,6 +112,7 @@ class Context:
     present: Tensor | None = None
     gram: Callable[[Sequence[Tensor]], Tensor] = total_gram
     total: Callable[[Sequence[Tensor]], Tensor] = total_vector
+    shards: Mapping[int, Tensor] = field(default_factory=dict)
     probe: Callable[..., Probed] = no_probe
 
     @property
@@ -137,7 +140,9 @@ class Context:
             return torch.rand(like.shape, generator=self.generator, dtype=dtype, device=like.device)
         seed = mix(self.seed, self.step, index)
         generator = torch.Generator(like.device).manual_seed(seed)
-        return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
+        whole = self.shards.get(index, like)
+        draw = torch.rand(whole.shape, generator=generator, dtype=dtype, device=like.device)
+        return part_of(draw, whole).reshape(like.shape)
 
 
 def mix(*numbers: int) -> int:

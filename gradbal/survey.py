@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradbal.distributed import Processes, shared_out
 from gradbal.gram import largest_entries, needs_scaling
 
 Grams = Callable[[bool], dict[str, Tensor]]
@@ -38,6 +39,7 @@ def survey(
     losses: Tensor,
     owned: Sequence[tuple[int, Tensor]],
     scale: Tensor | None,
+    processes: Processes,
     *,
     capturable: bool,
 ) -> Survey:
@@ -49,6 +51,7 @@ def survey(
         losses: Losses, shape ``[m]``.
         owned: Gradients that must be finite, too, each with the position of its task or -1.
         scale: Factor by which all gradients were multiplied, 0-dim, or None.
+        processes: Each of which has a part of inner products and losses.
         capturable: Leave all on the device and look at nothing.
     """
     m, device = len(losses), losses.device
@@ -59,7 +62,8 @@ def survey(
     sizes = largest_entries([grad for _, grad in owned], device)
     factors = [] if scale is None else [scale.to(device)[None]]
     parts = [gram.flatten() for gram in found.values()]
-    packed = torch.cat([losses, sizes, *factors, *parts]).cpu()
+    same = [shared_out(part, processes.size) for part in (sizes, *factors)]
+    packed = processes.sum(torch.cat([losses, *same, *parts])).cpu()
     numbers = packed.tolist()
     n_before = m + len(owned) + len(factors)
     values, own = numbers[:m], numbers[m : m + len(owned)]
@@ -70,7 +74,10 @@ def survey(
         diagonals[group] = numbers[n_before : n_after : side + 1]
         n_before = n_after
     if any(needs_scaling(diagonal) for diagonal in diagonals.values()):
-        squares = {group: gram.cpu() for group, gram in grams(True).items()}
+        squares = {
+            group: processes.sum(gram.flatten()).cpu() for group, gram in grams(True).items()
+        }
+        squares = {group: gram.view(found[group].shape) for group, gram in squares.items()}
         diagonals = {group: gram.diagonal().tolist() for group, gram in squares.items()}
     bad = {i % m for diagonal in diagonals.values() for i in _not_finite(diagonal)}
     bad |= {owned[i][0] for i in _not_finite(own)}
@@ -85,11 +92,21 @@ def _not_finite(numbers: Sequence[float]) -> list[int]:
     return [i for i, number in enumerate(numbers) if not math.isfinite(number)]
 
 
-def survey_losses(losses: Tensor, aux: Tensor | None = None, *, capturable: bool) -> Survey:
-    """Look at losses alone, auxiliary ones among them."""
+def survey_losses(
+    losses: Tensor, aux: Tensor | None, total: Callable[[Tensor], Tensor], *, capturable: bool
+) -> Survey:
+    """Look at losses alone, auxiliary ones among them.
+
+    Args:
+        losses: Losses, shape ``[m]``.
+        aux: Auxiliary losses, 1-D.
+        total: Sums numbers over processes.
+        capturable: Look at nothing.
+    """
     if capturable:
         return Survey({}, losses, None, [])
-    beside = 0 if aux is None else len(aux)
-    values = (losses if aux is None else torch.cat((losses, aux.to(losses.device)))).tolist()
-    bad = [i if i < len(losses) else -1 for i in _not_finite(values)]
-    return Survey({}, losses, values[: len(values) - beside], bad)
+    m = len(losses)
+    found = total(losses if aux is None else torch.cat((losses, aux.to(losses))))
+    values = found.tolist()
+    bad = [i if i < m else -1 for i in _not_finite(values)]
+    return Survey({}, found[:m], values[:m], bad)

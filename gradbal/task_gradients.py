@@ -1,5 +1,6 @@
 """The task gradients of one batch, whatever form they are kept in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,7 @@ class TaskGradients:
         members: For each group the positions of the tasks that reach it.
         eps: Relative rounding error of Gram matrices made from them.
         n_batches: Number of batches; the rows of further ones follow those of the first.
+        seeds: Initial gradient of each loss, for rows that end at the cut.
     """
 
     tasks: list[int]
@@ -30,6 +32,7 @@ class TaskGradients:
     members: dict[str, list[int]]
     eps: float
     n_batches: int = 1
+    seeds: Sequence[Tensor | None] = ()
 
     def grams(self, scaled: bool) -> dict[str, Tensor]:
         """Return the Gram matrix of each group, over all tasks of each batch in turn."""

@@ -13,14 +13,15 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A module may import from layers below its own, and from its own package.
 # A new module joins the lowest layer that works; a package stands for all its modules.
 LAYERS = [
-    {"checks", "gram"},
+    {"checks", "gram", "sharded"},
     {"graph", "phases", "rule", "blocks", "losses", "record", "wrapper"},
+    {"distributed"},
     {"registry", "solvers", "crossing", "transforms", "learner", "survey", "tasks", "trees"},
     {"work"},
     {"pieces"},
     {"chain", "checkpoint", "pending", "log", "jacobians", "policy"},
-    {"rules", "engines", "sinks", "aside", "heads", "state", "grads", "closures", "distributed"},
-    {"core", "calls", "representation", "auto"},
+    {"rules", "engines", "sinks", "aside", "heads", "state", "grads", "closures"},
+    {"core", "calls", "representation", "auto", "harvest"},
     {"decision", "learning", "probe"},
     {"arguments", "task_gradients", "aggregation"},
     {"roles"},

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradbal.crossing.layers import Layer
 from gradbal.crossing.products import Product
 from gradbal.graph import Boundary
+from gradbal.sharded import own_part
 
 
 class Segment(NamedTuple):
@@ -137,7 +138,8 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
     if segment.hooked:  # an edge of the top that is wanted itself is not always passed
         given = {(e.node, e.output_nr): cotangent for e, cotangent in top}
         found |= {i: given.get((e.node, e.output_nr), found[i]) for i, e in edges}
-    return Pulled([found[i] for i in range(n)], [*grads[n : n + len(bottom)]])
+    held = [own_part(found[i], params[i]) for i in range(n)]
+    return Pulled(held, [*grads[n : n + len(bottom)]])
 
 
 def _stop(grads: Sequence[Tensor | None]) -> tuple[None, ...]:

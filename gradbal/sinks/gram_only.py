@@ -1,7 +1,7 @@
 """Rows that meet and are not kept: one pass goes down from the cut once weights are known."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal.blocks import MODEL
 from gradbal.crossing import Cotangent, Rows, RowStream
+from gradbal.distributed import Processes, shared_out
 from gradbal.gram import gram_matrix, needs_scaling, sparse_gram, stacked
 from gradbal.sinks.apart import summed, weighted
 from gradbal.sinks.keep import Keep
@@ -51,15 +52,22 @@ class Represented(GramOnly):
     """Let the cotangents meet, at the cut or where modules were named.
 
     Attributes:
+        processes: Each with samples of its own at the representation.
         pool: Sum rows over the batch axis before they meet (LibMTL's way; no bound is known).
         slots: Which cotangents form a row, as groups of positions: one group is one piece of the
             row, and its members are summed, which needs ``pool``.
+        peers: How many processes work together on one part of the batch.
+        alike: Positions of slots that stand for the same in all processes, not for samples.
         beside: Gradients of shared parameters beside the cut, by parameter and task.
     """
 
+    processes: Processes
     pool: bool = False
     slots: Sequence[Sequence[int]] = ()
+    peers: int = 1
+    alike: Collection[int] = ()
     beside: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Keep the gradients of shared parameters beside the cut."""
@@ -68,17 +76,29 @@ class Represented(GramOnly):
             column[rows.tasks] = grad  # type: ignore[index,assignment]  # single tasks, and tensors
 
     def gram(self, group: str = "", *, scaled: bool = False) -> Tensor:
-        """Return the Gram matrix of the representation's gradients, shape ``[m, m]``, float64."""
-        rows = [[self._row(values, slot) for values in self.held] for slot in self.slots]
-        filled = [stack for row in rows if (stack := stacked(row)) is not None]
-        parts = [gram_matrix(stack, scaled=scaled) for stack in filled]
-        if not parts:  # one task alone: there is no cut
+        """Return this process' part of the Gram matrix at the representation, ``[m, m]``, float64.
+
+        Every process has other samples, so their rows are joined and not averaged.
+        """
+        size = self.processes.size
+        parts = []
+        for i, slot in enumerate(self.slots):
+            stack = stacked([self._row(values, slot) for values in self.held])
+            joined = size**2 // self.peers
+            if size > 1 and (self.pool or i in self.alike):
+                stack = self._averaged(stack)
+                joined = size
+            if stack is not None:
+                parts.append(shared_out(gram_matrix(stack, scaled=scaled), joined))
+        if not self.slots and self.processes.even:  # one task alone: there is no cut
+            self._average_beside()
             parts = [
-                sparse_gram(rows)
+                shared_out(sparse_gram(rows), size)
                 for rows in self.beside.values()
                 if any(r is not None for r in rows)
             ]
-        return summed(parts)
+        none = torch.zeros(self.n_tasks, self.n_tasks, dtype=torch.float64)
+        return summed(parts) if parts else none
 
     def stacks(self, group: str) -> dict[int, Tensor]:
         """Return the rows of each edge of the cut, numbered on, and of parameters beside it."""
@@ -95,6 +115,19 @@ class Represented(GramOnly):
         sums = {number: weighted(rows, weights) for number, rows in self.beside.items()}
         beside = {number: total for number, total in sums.items() if total is not None}
         return super().direction(weights) | beside
+
+    def _averaged(self, stack: Tensor | None) -> Tensor | None:
+        """Average rows that stand for the same in all processes."""
+        if stack is None:  # in all processes: their plans agree
+            return None
+        return self.processes.sum(stack.flatten()).view_as(stack) / self.processes.size
+
+    def _average_beside(self) -> None:
+        """Average what lies beside the cut."""
+        for task in range(self.n_tasks):
+            column = {n: r for n, rows in self.beside.items() if (r := rows[task]) is not None}
+            for number, row in self.processes.average(column).items():
+                self.beside.setdefault(number, [None] * self.n_tasks)[task] = row
 
     def _row(self, values: Sequence[Tensor | None], slot: Sequence[int]) -> Tensor | None:
         pieces = [value for i in slot if (value := values[i]) is not None]
@@ -123,6 +156,15 @@ class Streamed(GramOnly):
     piece: Keep
     reads: bool
     grams: list[Tensor] = field(default_factory=list, kw_only=True)
+
+    @property
+    def written(self) -> set[int]:
+        """The parameters beside the trunk that any task has a gradient of."""
+        return self.beside.written
+
+    @written.setter
+    def written(self, numbers: set[int]) -> None:
+        self.beside.written = numbers
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Keep the gradients of shared parameters beside the trunk."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbal.blocks import Block, Room, lay_out, place_of
 from gradbal.crossing import Rows
+from gradbal.distributed import ALONE, Processes, shared_out
 from gradbal.gram import combine, gram_matrix, stacked
 from gradbal.sinks.apart import Row, formed, gram_apart, summed, weighted
 
@@ -21,10 +22,11 @@ class Keep:
 
     Args:
         room: Where rows are stored.
+        processes: Over which rows are averaged, as soon as they are complete.
     """
 
-    def __init__(self, room: Room = torch.empty) -> None:
-        self.room = room
+    def __init__(self, room: Room = torch.empty, processes: Processes = ALONE) -> None:
+        self.room, self.processes = room, processes
         self.blocks: list[Block] = []
         self.layout: object = None
         self.sparse: dict[int, list[Row]] = {}
@@ -43,7 +45,7 @@ class Keep:
         With several batches there is a row for each task in each batch.
 
         Args:
-            params: All parameters of the optimizer.
+            params: What this process holds of each parameter of the optimizer.
             groups: The group of every shared parameter, by number.
             sparse: Parameters with sparse gradients, or products.
             n_rows: Rows to allocate; the number of tasks that may ever be present.
@@ -55,9 +57,13 @@ class Keep:
         layout = (groups, places, frozenset(self.sparse), n_rows)
         if layout != self.layout:
             self.blocks = []  # the old storage goes before the new is taken
-            self.blocks = lay_out(params, groups, self.sparse, n_rows, self.room)
+            self.blocks = lay_out(params, groups, self.sparse, n_rows, self.room, self.processes)
             self.layout = layout
+        for block in self.blocks:
+            block.rows[:, block.used :] = 0
         self.unwritten = [set(groups) - set(self.sparse) for _ in range(n_tasks)]
+        self.exchange = self.processes.rows(self.blocks, n_tasks)
+        self.written, self.n_sent = set(self.sparse), 0
 
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Store the gradients of some tasks for some parameters."""
@@ -76,28 +82,36 @@ class Keep:
             here = [n for n in views if n in found]
             if here:
                 torch._foreach_copy_([views[n] for n in here], [formed(found[n]) for n in here])
+        self.written |= found.keys()
+        while self.n_sent < self.n_tasks and not self.unwritten[self.n_sent]:
+            self._send()
 
     def close(self) -> None:
-        """Set to zero what no task has written."""
-        for task, numbers in enumerate(self.unwritten):
-            for block in self.blocks if numbers else ():
-                views = block.at(task)
-                missing = [views[n] for n in views if n in numbers]
-                if missing:
-                    torch._foreach_zero_(missing)
-        silent = set.intersection(*self.unwritten) if self.unwritten else set()
-        self.written = set(self.groups) - silent
-        self.unwritten = []
+        """Set to zero what no task has written, and wait until all rows are averaged."""
+        while self.n_sent < self.n_tasks:
+            self._send()
+        self.exchange.finish(self.sparse)
+
+    def _send(self) -> None:
+        """Hand on the next row: all processes do it in the same order."""
+        task = self.n_sent
+        for block in self.blocks if self.unwritten[task] else ():
+            views = block.at(task)
+            missing = [views[n] for n in views if n in self.unwritten[task]]
+            if missing:
+                torch._foreach_zero_(missing)
+        self.exchange.send(task)
+        self.n_sent += 1
 
     def gram(self, group: str, *, scaled: bool = False) -> Tensor:
-        """Return the Gram matrix of a group, shape ``[m, m]``, float64."""
+        """Return this process' part of the Gram matrix of a group, ``[m, m]``, float64."""
         parts = [
-            gram_matrix(block.rows[: self.n_tasks], scaled=scaled)
+            shared_out(gram_matrix(block.mine(self.n_tasks), scaled=scaled), block.columns.copies)
             for block in self.blocks
             if block.group == group
         ]
         parts += [
-            gram_apart(rows, scaled=scaled)
+            shared_out(gram_apart(rows, scaled=scaled), self.processes.size)
             for number, rows in self.sparse.items()
             if self.groups[number] == group and any(row is not None for row in rows)
         ]
@@ -115,8 +129,10 @@ class Keep:
             weights = weigh(block.group)
             if weights is None:
                 continue
-            rows = block.rows[: len(weights)]
-            flat = combine(rows, weights.to(rows.device), block.flat if in_place else None)
+            rows, mine = block.mine(len(weights)), block.columns.mine
+            flat = block.flat if in_place else torch.empty_like(block.rows[0])
+            combine(rows, weights.to(rows.device), flat[mine])
+            self.exchange.spread(block, flat)
             views = block.views(flat, "flat" if in_place else None)
             out |= {number: view for number, view in views.items() if number in self.written}
         for number, column in self.sparse.items():

@@ -1,0 +1,94 @@
+"""Parameters that are spread over processes: what each holds, and how gradients fit in."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Holding(NamedTuple):
+    """How a parameter is spread over the processes.
+
+    Attributes:
+        copies: How many processes hold the same entries.
+        averaged: Whether gradients are to be averaged here; those of shards come averaged.
+    """
+
+    copies: int = 1
+    averaged: bool = True
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Say whether a tensor is a DTensor, without importing what makes them."""
+    return hasattr(tensor, "device_mesh")
+
+
+def hold(param: Any, n_processes: int) -> Holding:
+    """Say how a parameter is spread over so many processes."""
+    if not is_sharded(param):
+        return Holding(n_processes)
+    mesh, spread = param.device_mesh, enumerate(param.placements)
+    parts = prod(mesh.size(i) for i, placement in spread if not placement.is_replicate())
+    return Holding(n_processes // parts, averaged=False)
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the part of a tensor that this process holds, detached."""
+    tensor = tensor.detach()
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]  # a tensor, seen as Any above
+    part: Any = tensor.to_local()
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]  # likewise
+
+
+def own_part(grad: Any, param: Any) -> Any:
+    """Return the part of a gradient that this process holds of the parameter; None stays None."""
+    if type(grad) is Tensor or not is_sharded(grad) or not is_sharded(param):
+        return grad
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
+def check_placed(params: Sequence[Any]) -> None:
+    """Raise if a gradient is not spread as its parameter: ``fully_shard`` did not see its use.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    for param in params:
+        grad = param.grad
+        if is_sharded(grad) and grad.placements != param.placements:
+            raise RuntimeError(
+                "MTLOptimizer: a loss uses a sharded parameter outside the forward pass of its "
+                "module, where fully_shard adds gradients up wrongly; compute that term inside "
+                "the module's forward, or use weight decay."
+            )
+
+
+def placed_like(grad: Tensor, param: Any) -> Tensor:
+    """Return the local part of a gradient as the gradient of the parameter."""
+    if not is_sharded(param) or is_sharded(grad):
+        return grad
+    from torch.distributed.tensor import DTensor  # takes long to import
+
+    return DTensor.from_local(
+        grad,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def part_of(whole: Tensor, param: Any) -> Tensor:
+    """Return what this process holds of a tensor of the parameter's shape that all have."""
+    if not is_sharded(param):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(everywhere.redistribute(mesh, param.placements))
