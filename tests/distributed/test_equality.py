@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from distributed.pool import Pool
 from distributed.training import largest_gap, train
+
 from gradbal.engines import Batched, Streaming
 
 KINDS = ["ew", "famo", "upgrad", "nash_mtl", "graddrop", "moco"]  # losses, Gram, entries; state
