@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.models import MODELS
 from gradbal.cli import markdown_table
-from gradbal.demo.plots import DASHES, MARKS
 from gradbal.engines import PRESETS
+from gradbal.plots import DASHES, MARKS
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Curve = Sequence[tuple[float, float]]

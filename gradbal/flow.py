@@ -54,6 +54,7 @@ class Flow:
         )
         self.writer = Writer()
         self.last: StepRecord | None = None
+        self.left_out = 0  # steps, also by a scaler
         self.holds = False  # weights, for further evaluations of the losses in a step
 
     @torch.no_grad()
@@ -236,6 +237,7 @@ class Flow:
         self.core.discard()
         self.core.forget_step()
         self.core.skipped += call.scaler is None
+        self.left_out += 1
         self.last = StepRecord(names, torch.full((len(names),), torch.nan), skipped=True)
         fill(self.descent.params, None if call.scaler is None else torch.inf)
         return call.scaler is not None

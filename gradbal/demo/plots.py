@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from gradbal.demo.model import HIGHER_IS_BETTER, TASKS
 from gradbal.demo.report import Look, Outcome, Report
+from gradbal.plots import DASHES, MARKS, POINTS, new_figure, tidy
 
-DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)))
-MARKS = "os^Dv*XPhp"
 GREYS = ("black", "0.4", "0.65")
-POINTS = 40  # of a curve over the steps; what lies between is averaged
 
 
 def learning_curves(report: Report, path: Path) -> None:
@@ -25,7 +22,7 @@ def learning_curves(report: Report, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    figure = _figure(12, 4.5)
+    figure = new_figure(12, 4.5)
     panels = figure.subplots(1, len(TASKS))
     last = max(len(report.outcomes) - 1, 1)
     for panel, task in zip(panels, TASKS, strict=True):
@@ -43,7 +40,7 @@ def learning_curves(report: Report, path: Path) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(NullLocator())
-        _tidy(panel)
+        tidy(panel)
     figure.suptitle("On the validation pictures, after each epoch")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=9)
     figure.savefig(path, dpi=120)
@@ -56,7 +53,7 @@ def weights_and_cosines(report: Report, path: Path) -> None:
         report: What the contest gave.
         path: Where to save the picture, as PNG.
     """
-    figure = _figure(11, 1 + 1.7 * len(report.outcomes))
+    figure = new_figure(11, 1 + 1.7 * len(report.outcomes))
     rows = figure.subplots(len(report.outcomes), 2, sharex=True, sharey="col", squeeze=False)
     for (left, right), outcome in zip(rows, report.outcomes, strict=True):
         looks = _thinned(outcome.looks)
@@ -73,8 +70,8 @@ def weights_and_cosines(report: Report, path: Path) -> None:
             right.lines[-1].set(color=GREYS[i], linestyle=DASHES[i], label=pair)
         right.axhline(0, color="0.5", linewidth=0.8)
         left.set_ylabel(outcome.name, fontweight="bold")
-        _tidy(left)
-        _tidy(right)
+        tidy(left)
+        tidy(right)
     for panel, title in zip(rows[0], ("share of the weights", "cosine of gradients"), strict=True):
         panel.set_title(title)
     for panel in rows[-1]:
@@ -82,20 +79,6 @@ def weights_and_cosines(report: Report, path: Path) -> None:
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     figure.legend(*rows[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=3)
     figure.savefig(path, dpi=120)
-
-
-def _figure(width: float, height: float) -> Any:  # a Figure; matplotlib's own types are loose
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(panel: Any) -> None:
-    panel.grid(visible=True, which="both", color="0.93")
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _errors(outcome: Outcome, task: str) -> list[float]:
