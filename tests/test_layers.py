@@ -30,11 +30,12 @@ LAYERS = [
     {"flow"},
     {"optimizer"},
     {"__init__"},
-    {"diagnostics", "plots", "bench", "compare", "demo"},
+    {"diagnostics", "plots", "bench", "demo"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]
-LEAVES = set().union(*LAYERS[-3:])
+LEAVES = set().union(*LAYERS[-4:])
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
