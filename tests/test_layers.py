@@ -33,7 +33,8 @@ LAYERS = [
     {"__init__"},
     {"diagnostics", "bench"},
     {"plots"},
-    {"compare", "demo"},
+    {"demo"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]

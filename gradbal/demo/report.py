@@ -119,7 +119,11 @@ def _scores(scores: Scores) -> tuple[str, str, str]:
     return left, right, f"{scores['distance']:.3f}"
 
 
-def delta_m(scores: Scores, baseline: Scores) -> float:
+def delta_m(
+    scores: Mapping[str, float],
+    baseline: Mapping[str, float],
+    higher: Mapping[str, bool] = HIGHER_IS_BETTER,
+) -> float:
     r"""Compare with the single-task baseline, in percent; lower is better.
 
     .. math:: \Delta_m = \frac{100}{S} \sum_s (-1)^{d_s} (M_s - B_s) / B_s
@@ -129,6 +133,7 @@ def delta_m(scores: Scores, baseline: Scores) -> float:
     Args:
         scores: The scores :math:`M`, by task.
         baseline: The scores :math:`B` of networks that learn one task each.
+        higher: For each score whether a higher one is better.
 
     Returns:
         The mean relative change; NaN where a baseline is zero.
@@ -141,7 +146,7 @@ def delta_m(scores: Scores, baseline: Scores) -> float:
     if not all(baseline.values()):
         return math.nan
     changes = (
-        (-1 if HIGHER_IS_BETTER[task] else 1) * (scores[task] - base) / base
+        (-1 if higher[task] else 1) * (scores[task] - base) / base
         for task, base in baseline.items()
     )
     return 100 * mean(changes)

@@ -1,0 +1,1 @@
+"""Compare rules honestly: problems, their figures, and how these are summed up."""
