@@ -92,6 +92,11 @@ class Options:
         checks.one_of(OWNER, (True, False), capturable=self.capturable)
         if isinstance(self.process_group, str):
             checks.one_of(OWNER, ("auto", None), process_group=self.process_group)
+        elif self.process_group is not None and not _is_group(self.process_group):
+            raise TypeError(
+                f'{OWNER}: `process_group` must be "auto", a group of torch.distributed or None, '
+                f"got {self.process_group!r}."
+            )
         if not isinstance(self.groups, Mapping):
             checks.one_of(OWNER, ("model", "tensor"), groups=self.groups)
         elif not self.groups:
@@ -237,6 +242,11 @@ class Options:
                 f"{OWNER}: {type(rule).__name__} looks at the losses at other parameters, which "
                 "several processes cannot do together; choose another rule."
             )
+
+
+def _is_group(given: object) -> bool:
+    dist = torch.distributed
+    return dist.is_available() and isinstance(given, dist.ProcessGroup)
 
 
 def needs_closure(base: torch.optim.Optimizer) -> bool:

@@ -1,6 +1,6 @@
 """One call of ``backward``: what it was given, and the small things done around the rule."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +78,16 @@ def aux_gradients(
     )
     pairs = zip(numbers, grads, strict=True)
     return {n: own_part(grad, params[n]) for n, grad in pairs if grad is not None}
+
+
+@contextmanager
+def leaving_word(processes: Callable[[], Processes]) -> Iterator[None]:
+    """Tell the other processes, who will wait in vain, why this one goes no further."""
+    try:
+        yield
+    except BaseException as error:
+        processes().leave_word(error)
+        raise
 
 
 @contextmanager

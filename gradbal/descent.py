@@ -1,6 +1,7 @@
 """From losses to task gradients: plan, heads, crossing and sink put together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -47,6 +48,16 @@ class Descent:
     def params(self) -> list[Tensor]:
         """All parameters of the optimizer."""
         return self.roles.params
+
+    @contextmanager
+    def apart(self) -> Iterator["Descent"]:
+        """Compute the task gradients of this process' part of the batch, for a while."""
+        processes = self.processes
+        self.meet(ALONE)
+        try:
+            yield self
+        finally:
+            self.meet(processes)
 
     def refresh(self) -> dict[int, int] | None:
         """Notice parameters that joined, left or were replaced, see :meth:`Roles.refresh`."""

@@ -14,6 +14,7 @@ from gradbal.calls import (
     Call,
     explaining_donation,
     fill,
+    leaving_word,
     pass_once,
     replacing_grads,
 )
@@ -62,13 +63,14 @@ class Flow:
     def balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options
-        with core.transaction(random=not options.capturable) as undo:
+        transaction = core.transaction(random=not options.capturable)
+        with leaving_word(lambda: self.processes), transaction as undo:
             with phase("bookkeeping"):
                 batch = self.read(losses, call)
             scale = call.initial_gradient(batch.values.device)
             decision, shown = self._decide_on_losses(batch, call)
             if shown.bad and options.stops_at_nonfinite(call.scaler):
-                return self._refuse("loss", shown.bad, batch.tasks, call, undo)
+                return self._refuse("loss", shown.bad, batch.values, batch.tasks, call, undo)
             if decision is not None and decision.in_one_pass and not core.pending:
                 return self._pass_once(batch, decision, shown, scale, call, undo)
             at_cut = decision is not None and not core.pending
@@ -81,14 +83,14 @@ class Flow:
             with phase("gram"):
                 seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
             if seen.bad and options.stops_at_nonfinite(call.scaler):
-                return self._refuse(seen.what, seen.bad, found.tasks, call, undo)
+                return self._refuse(seen.what, seen.bad, batch.values, found.tasks, call, undo)
             with phase("solve"):
                 decision = decision or self._decide(found, seen, scale, further)
             with phase("write_grad"):
                 finite = self._write(found, decision, call)
             if not finite:
                 everyone = range(len(found.tasks))
-                return self._refuse("gradient", everyone, found.tasks, call, undo)
+                return self._refuse("gradient", everyone, batch.values, found.tasks, call, undo)
             with phase("bookkeeping"):
                 self._commit(decision, found.tasks, seen, call)
             core.sets = found.known
@@ -219,6 +221,7 @@ class Flow:
         self,
         what: str,
         bad: Sequence[int],
+        losses: Tensor,
         tasks: Sequence[int],
         call: Call,
         undo: Callable[[], None],
@@ -227,6 +230,7 @@ class Flow:
         names = tuple(self.core.names[task] for task in tasks)
         if call.scaler is None and self.options.when_nonfinite == "raise":
             whose = ", ".join("the auxiliary loss" if i < 0 else f"task {names[i]!r}" for i in bad)
+            whose += self.processes.where(not losses.isfinite().all())
             so = "the step was broken off" if call.replay else "nothing was changed"
             raise ValueError(
                 f"{OWNER}: the {what} of {whose} is not finite; {so}. Look for the "
@@ -279,6 +283,24 @@ class Flow:
             self.descent.meet(found)
         found.join(self.descent.params)
         return found
+
+    def prove_alike(self) -> None:
+        """Verify that all processes have the same parameters and rule state.
+
+        Raises:
+            RuntimeError: If one differs.
+        """
+        processes, core = self._meet(), self.core
+        roles = self.descent.roles
+        things: dict[str, Tensor | str] = {
+            f"parameter {n}": param for n, param in enumerate(roles.params) if n not in roles.shards
+        }
+        things["the list of tasks"] = repr(core.names)
+        things["the number of steps"] = repr((core.solved, core.skipped, core.age))
+        things["the random generator"] = core.generator.get_state()
+        for group, state in core.state.items():
+            things |= {f"{name!r} of the rule ({group})": kept for name, kept in state.items()}
+        processes.compare(things)
 
     def _point(self, call: Call) -> str:
         """Say where in the training this process is."""

@@ -104,6 +104,12 @@ def gather(
                 "their task gradients cannot be computed; pass use_reentrant=False to torch's "
                 "checkpoint."
             )
+        if any(plan.static for plan in plans):
+            raise RuntimeError(
+                "MTLOptimizer: DistributedDataParallel(static_graph=True) counts on one and the "
+                "same backward pass in each step, and task gradients take several; build it "
+                "without."
+            )
         return plans
 
     plans = processes.plan(make, core.sets)

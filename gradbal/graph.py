@@ -5,7 +5,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Plan:
         one_node: Whether one node, possibly compiled, stands for what several tasks do.
         hidden: Whether a reentrant checkpoint hides a part of the graph.
         apart: Whether no pass from a loss to the cut meets a node of another's.
+        static: Whether DDP counts on one and the same backward pass in each step.
         sharded: Whether the parameters are those of ``fully_shard``, which the graph does not show.
         mixed: Whether several tasks use one leaf beside the region below the cut.
         peers: How many processes work together on one part of the batch.
@@ -68,6 +69,7 @@ class Plan:
     one_node: bool = False
     hidden: bool = False
     apart: bool = True
+    static: bool = False
     sharded: bool = False
     mixed: bool = False
     peers: int = 1
@@ -82,14 +84,14 @@ class Walk:
         edges: What each node passes gradients to; a node None takes none.
         tasks: The roots above each node, as a bit set.
         users: How many edges lead to each node.
-        sinks: Whether there are nodes that only hand on what comes, for several tasks at once.
+        sinks: Nodes that only hand on what comes, for several tasks at once.
     """
 
     order: list[Node]
     edges: dict[Node, Sequence[Edge]]
     tasks: dict[Node, int]
     users: dict[Node, int]
-    sinks: bool = False
+    sinks: list[Any] = field(default_factory=list)
 
     @cached_property
     def kinds(self) -> dict[str, type]:
@@ -128,8 +130,8 @@ def make_plan(
             None for where the tasks' graphs meet.
     """
     walk = walk_graph(roots, tasks)
-    passed_on = walk.sinks
-    if passed_on:
+    sinks = walk.sinks
+    if sinks:
         found = [_behind((root.node, root.output_nr)) for root in roots]
         roots = [GradientEdge(node, number) for node, number in found if node is not None]
         walk = walk_graph(roots, tasks, behind=True)
@@ -149,7 +151,8 @@ def make_plan(
         one_node=any(several(walk.tasks[root.node]) for root in roots)
         or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
         hidden="CheckpointFunctionBackward" in walk.kinds,
-        apart=common <= region and not passed_on,
+        apart=common <= region and not sinks,
+        static=any(sink.ddp_weakref().static_graph for sink in sinks),
     )
     position, sparse = {task: i for i, task in enumerate(tasks)}, walk.sparse_leaves()
     for node in walk.order:
@@ -161,7 +164,7 @@ def make_plan(
         plan.mixed |= node in common and (node not in region or node in entries)
         number = index.get(id(variable))
         if number is None:
-            plan.foreign += bool(walk.users[node])  # else a loss itself
+            plan.foreign += 1
             continue
         reached = plan.reached[number] = walk.tasks[node]
         if node in sparse:
@@ -204,13 +207,14 @@ def walk_graph(
     users = dict.fromkeys(tasks, 0)
     edges: dict[Node, Sequence[Edge]] = {}
     stack = list(tasks)
-    sinks = False
+    sinks: list[Any] = []
     while stack:
         node = stack.pop()
         below: Sequence[Edge] = node.next_functions
         if behind:
             below = list(map(_behind, below))
-        sinks |= type(node) is SINK
+        if type(node) is SINK:
+            sinks.append(node)
         edges[node] = below
         for child, _ in below:
             if child in users:

@@ -61,10 +61,15 @@ class Batch:
             return torch.ones_like(self.joined)
         return weights.to(self.joined).expand_as(self.joined)
 
+    @cached_property
+    def n_elsewhere(self) -> int:
+        """How many of the losses only other processes have."""
+        return 0 if self.shares is None else int((self.shares == 0).sum())
+
     @property
     def elsewhere(self) -> bool:
         """Whether only other processes have losses."""
-        return self.shares is not None and not self.shares.any()
+        return self.n_elsewhere == len(self.losses)
 
     def share(self, shares: Sequence[float], size: int) -> None:
         """Take a part in the mean over so many processes.

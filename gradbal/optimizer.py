@@ -227,6 +227,9 @@ class MTLOptimizer(WrappedOptimizer):
     def check(self, losses: Losses) -> dict[str, float]:
         """Verify the engine's task gradients against lone passes; nothing changes.
 
+        With several processes each does so for its own part of the batch, and it is verified that
+        all have the same parameters, rule state and random generator; all must call it.
+
         Args:
             losses: As for ``backward``; their graph is kept.
 
@@ -234,11 +237,13 @@ class MTLOptimizer(WrappedOptimizer):
             For each task the largest deviation, relative to its largest gradient entry.
 
         Raises:
-            RuntimeError: If one deviates by more than rounding explains.
+            RuntimeError: If one deviates by more than rounding explains, or processes differ.
         """
+        self._flow.prove_alike()
         with self.core.transaction() as undo, explaining_donation():
             try:
-                return reports.check(self._flow.descent, self.core, self._flow.read(losses))
+                with self._flow.descent.apart() as descent:
+                    return reports.check(descent, self.core, self._flow.read(losses))
             finally:
                 undo()
 

@@ -15,8 +15,10 @@ from gradbal.descent import Descent
 from gradbal.engines import Representation
 from gradbal.gram import outside_autocast
 from gradbal.graph import members, walk_graph
+from gradbal.harvest import harvest, harvest_rows
 from gradbal.losses import Batch
 from gradbal.rule import GradientRule, LossRule, Rule
+from gradbal.sharded import own_part
 
 TOLERANCE = 1e4  # times machine epsilon: far above rounding, far below a wrong gradient
 LIMIT = 0.05  # for half precision: above rounding still, and wrong gradients are not this good
@@ -48,10 +50,14 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
 
     def passed(positions: list[int]) -> dict[int, Tensor]:
         edges, seeds = [batch.edges[i] for i in positions], batch.seeds(None)
+        if plan.sharded:
+            tops = [batch.losses[i] for i in positions]
+            return harvest(descent.params, tops, [None] * len(tops), retain_graph=True)
         grads = torch.autograd.grad(
             edges, params, [seeds[i] for i in positions], retain_graph=True, allow_unused=True
         )
-        return {n: g for n, g in zip(numbers, grads, strict=True) if g is not None}
+        pairs = zip(numbers, grads, params, strict=True)
+        return {n: own_part(g, p) for n, g, p in pairs if g is not None}
 
     everyone = list(range(len(batch.tasks)))
     summed = passed(everyone)
@@ -84,6 +90,8 @@ def _eps(batch: Batch) -> float:
 def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[int, Tensor]]:
     """Return the task gradients as the engine computes them, by parameter and task."""
     plan = descent.planner.plan(batch, core.sets)
+    if plan.sharded:
+        return harvest_rows(descent.params, batch, None, retain_graph=True)
     if descent.planner.engine.keeps and not descent.roles.some:
         return descent.rows(plan, batch, None, retain_graph=True)
     known = dict(plan.reached)

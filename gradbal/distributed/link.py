@@ -5,7 +5,8 @@ There everything small or scattered goes to all others at once, which takes one 
 same order everywhere, and fails everywhere at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Link:
             self.host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self.store: Any = self.group.get_group_store()
         self.meetings = 0
+        self.given_up: RuntimeError | None = None
         self.sent: dict[str, int] = {}
         self.calls: dict[str, int] = {}
 
@@ -54,6 +56,13 @@ class Link:
         """Leave word that this process has come to its next meeting."""
         self.meetings += 1
         self.store.set(f"gradbal/{self.rank}", str(self.meetings))
+
+    def leave_word(self, error: BaseException) -> None:
+        """Tell those who will wait in vain why this process goes no further."""
+        if error is not self.given_up:
+            text = f"{type(error).__name__}: {error}"
+            with suppress(RuntimeError):
+                self.store.set(f"gradbal/{self.rank}/error/{self.meetings}", text)
 
     def table(self, row: Tensor, kind: str = "agreement") -> Tensor:
         """Return what everybody gives, shape ``[processes, n]``; for few numbers."""
@@ -112,20 +121,25 @@ class Link:
 
     def broken(self) -> RuntimeError:
         """Return the error that says who is gone."""
-        missing: Sequence[int] = []
         try:
-            keys = [f"gradbal/{rank}" for rank in range(self.size)]
-            come = [int(self.store.get(k)) if self.store.check([k]) else 0 for k in keys]
-            missing = [rank for rank, count in enumerate(come) if count < self.meetings]
-            who = f"process {', '.join(map(str, missing))} did not come to" if missing else ""
+            come = [int(self._word(f"gradbal/{rank}") or 0) for rank in range(self.size)]
+            late = [str(rank) for rank, count in enumerate(come) if count < self.meetings]
+            keys = [f"gradbal/{rank}/error/{self.meetings}" for rank in range(self.size)]
+            words = list(map(self._word, keys))
+            failed = [f"process {r} failed with {word}" for r, word in enumerate(words) if word]
+            gone = [f"process {', '.join(late)} is gone or busy elsewhere"] if late else []
+            why = "; ".join(failed or gone or ["a process was lost in the midst of it"])
         except RuntimeError:
-            who = "the process that hosts the rendezvous is gone in"
-        who = who or "a process was lost in the midst of"
-        return RuntimeError(
-            f"{OWNER}: {who} meeting {self.meetings} of {self.size} processes, so the step was "
-            f"broken off in process {self.rank}; look for the first error in the others' logs, and "
-            "go on from the last checkpoint."
+            why = "the process that hosts the rendezvous is gone"
+        self.given_up = RuntimeError(
+            f"{OWNER}: step {self.meetings} of {self.size} processes was broken off in process "
+            f"{self.rank}, because {why}; go on from the last checkpoint."
         )
+        return self.given_up
+
+    def _word(self, key: str) -> str:
+        """Return what somebody has left in the store; nothing if nobody has."""
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _at_once(self, tensor: Tensor) -> bool:
         return self.backends.get(tensor.device.type, "gloo") == "gloo"

@@ -127,6 +127,20 @@ class Processes:
         """
         return part(rows)
 
+    def where(self, bad: bool) -> str:
+        """Say in which processes something is so, in brackets; nothing for one alone."""
+        return ""
+
+    def compare(self, things: Mapping[str, Tensor | str]) -> None:
+        """Verify that all processes have the same.
+
+        Args:
+            things: What, by name; of sharded tensors the part that this process holds is left out.
+
+        Raises:
+            RuntimeError: If one differs, with its name.
+        """
+
     def settle(self, grads: Mapping[Key, Tensor], marks: Collection[Key]) -> Settled:
         """Average gradients over the processes; where one has none it counts as zero.
 
@@ -152,9 +166,8 @@ class Processes:
     def complete(self) -> None:
         """Average the gradients of that pass that nobody else has averaged."""
 
-    def alike(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        """Return the positions of tensors that are not the same in all processes."""
-        return []
+    def leave_word(self, error: BaseException) -> None:
+        """Tell those who will wait in vain why this process goes no further."""
 
     def telling(self, core: Names) -> AbstractContextManager[None]:
         """Tell the others, who wait for this process' losses, if there will be none."""

@@ -291,8 +291,27 @@ class Several(Processes):
             else:
                 old.copy_(grad)
 
-    def alike(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        return self.alike_rows(torch.tensor([digest(tensor) for tensor in tensors]))
+    def where(self, bad: bool) -> str:
+        ranks = self.link.table(torch.tensor([bad])).nonzero()[:, 0].tolist()
+        return f" (in process {', '.join(map(str, ranks))})" if ranks else ""
+
+    def compare(self, things: Mapping[str, Tensor | str]) -> None:
+        names = list(things)
+        row = [
+            int(hashed(thing)) if isinstance(thing, str) else digest(thing)
+            for thing in things.values()
+        ]
+        table = self.link.table(torch.tensor(row))
+        for rank, other in enumerate(table):
+            for position in (other != table[0]).nonzero().flatten().tolist():
+                raise RuntimeError(
+                    f"check: {names[position]} is not the same in process {rank} as in process 0; "
+                    "start all processes from one state, and call the optimizer alike in all."
+                )
+
+    def leave_word(self, error: BaseException) -> None:
+        if error is not self.told:
+            self.link.leave_word(error)
 
     @contextmanager
     def telling(self, core: Names) -> Iterator[None]:

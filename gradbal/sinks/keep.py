@@ -60,7 +60,8 @@ class Keep:
             self.blocks = lay_out(params, groups, self.sparse, n_rows, self.room, self.processes)
             self.layout = layout
         for block in self.blocks:
-            block.rows[:, block.used :] = 0
+            if block.used < block.columns.width:
+                block.rows[:, block.used :] = 0
         self.unwritten = [set(groups) - set(self.sparse) for _ in range(n_tasks)]
         self.exchange = self.processes.rows(self.blocks, n_tasks)
         self.written, self.n_sent = set(self.sparse), 0
