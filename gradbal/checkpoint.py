@@ -3,10 +3,75 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from gradbal.pending import Pending
+from gradbal.sharded import part_of, whole_of
 from gradbal.trees import cloned
 
 VERSION = 1
 KEYS = ("version", "rule", "tasks", "step", "generator", "state", "pending", "choice")
+
+
+def contents(core: Any) -> dict[str, Any]:  # a Core; this module lies below it
+    """Return all that a core must remember, in sections.
+
+    Raises:
+        RuntimeError: If every process has only its own part of it.
+    """
+    if core.pending and core.n_processes > 1:
+        raise RuntimeError(
+            "Checkpoint: gradients were put aside with `accumulate`, and each process has its own; "
+            "save after the step that uses them, or call `discard()` first."
+        )
+    tasks = {"names": core.names, "numbered": core.numbered, "sets": core.sets}
+    step = {"solved": core.solved, "skipped": core.skipped, "age": core.age}
+    buffers = {
+        number: {
+            name: whole_of(tensor, core.shards.get(number), len(core.row_axes[name]))
+            for name, tensor in kept.items()
+        }
+        for number, kept in core.buffers.items()
+    }
+    state = {"groups": core.state, "buffers": buffers, "held": core.held, "slopes": core.slopes}
+    parts = core.pending
+    pending = {"rows": parts.rows, "losses": parts.losses, "aux": parts.aux}
+    waiting = {"decided": sorted(core.decided), "awaiting": sorted(core.awaiting)}
+    device = str(core.generator.device)
+    generator = {"seed": core.seed, "device": device, "state": core.generator.get_state()}
+    return {
+        "version": VERSION,
+        "rule": core.rule.kind,
+        "tasks": cloned(tasks),
+        "step": {**step, "epoch": core.epoch.clone()},
+        "generator": generator,
+        "state": cloned(state),
+        "pending": {**cloned(pending), **waiting},
+        "choice": cloned(core.choice),
+    }
+
+
+def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
+    """Let a core remember what another one did, see :func:`contents`."""
+    loaded = opened(state_dict)
+    tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
+    state, pending = loaded["state"], loaded["pending"]
+    core.names, core.numbered, core.sets = tasks["names"], tasks["numbered"], tasks["sets"]
+    core.solved, core.skipped, core.age = step["solved"], step["skipped"], step["age"]
+    core.epoch, core.seed = step["epoch"], generator["seed"]
+    core.generator = torch.Generator(generator["device"])
+    core.generator.set_state(generator["state"].cpu())
+    core.state, core.held, core.slopes = state["groups"], state["held"], state["slopes"]
+    core.buffers = {
+        number: {
+            name: part_of(tensor, core.shards.get(number), len(core.row_axes[name]))
+            for name, tensor in kept.items()
+        }
+        for number, kept in state["buffers"].items()
+    }
+    core.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
+    core.decided, core.awaiting = set(pending["decided"]), set(pending["awaiting"])
+    core.choice = loaded["choice"]
 
 
 def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:

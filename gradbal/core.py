@@ -25,7 +25,7 @@ from gradbal.state import (
     task_axes,
 )
 from gradbal.tasks import announced_tasks, known_tasks
-from gradbal.trees import cloned, undoable
+from gradbal.trees import undoable
 
 _CONTAINERS = ("state", "buffers", "slopes", "choice")  # written into; all others are replaced
 
@@ -57,6 +57,8 @@ class Core:
         awaiting: Tasks whose losses after the step the rule waits for.
         pending: What waits for the rest of a batch.
         choice: What an engine has settled on.
+        shards: Parameters of which this process may hold a part only, by number.
+        n_processes: How many processes have put a part of what is pending aside.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Core:
         self.awaiting: set[int] = set()
         self.pending = Pending()
         self.choice: Mapping[str, Mapping[str, str]] = {}
+        self.shards: Mapping[int, Tensor] = {}
+        self.n_processes = 1
         if tasks is not None:
             self.numbered = isinstance(tasks, int)
             self._grow(announced_tasks(tasks))
@@ -259,30 +263,19 @@ class Core:
         return undoable(self, _CONTAINERS, self.generator if random else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on as if nothing had happened."""
+        """Return everything needed to go on as if nothing had happened.
+
+        What is kept for sharded parameters is gathered, so that it can be loaded by any number of
+        processes; then all of them must call this.
+
+        Raises:
+            RuntimeError: If gradients were put aside in several processes.
+        """
         return checkpoint.sealed(self.contents())
 
     def contents(self) -> dict[str, Any]:
         """Return what ``state_dict`` does, with the sections open; it loads just as well."""
-        tasks = {"names": self.names, "numbered": self.numbered, "sets": self.sets}
-        step = {"solved": self.solved, "skipped": self.skipped, "age": self.age}
-        state = {"groups": self.state, "buffers": self.buffers}
-        state |= {"held": self.held, "slopes": self.slopes}
-        parts = self.pending
-        pending = {"rows": parts.rows, "losses": parts.losses, "aux": parts.aux}
-        waiting = {"decided": sorted(self.decided), "awaiting": sorted(self.awaiting)}
-        device = str(self.generator.device)
-        generator = {"seed": self.seed, "device": device, "state": self.generator.get_state()}
-        return {
-            "version": checkpoint.VERSION,
-            "rule": self.rule.kind,
-            "tasks": cloned(tasks),
-            "step": {**step, "epoch": self.epoch.clone()},
-            "generator": generator,
-            "state": cloned(state),
-            "pending": {**cloned(pending), **waiting},
-            "choice": cloned(self.choice),
-        }
+        return checkpoint.contents(self)
 
     def verify(self, state_dict: Mapping[str, Any]) -> None:
         """Say whether a checkpoint fits, without changing anything.
@@ -299,16 +292,8 @@ class Core:
             ValueError: If it does not fit, see :meth:`verify`.
         """
         self.verify(state_dict)
-        loaded = checkpoint.opened(state_dict)
-        tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
-        state, pending = loaded["state"], loaded["pending"]
-        self.names, self.numbered, self.sets = tasks["names"], tasks["numbered"], tasks["sets"]
-        self.solved, self.skipped, self.age = step["solved"], step["skipped"], step["age"]
-        self.epoch, self.seed = step["epoch"], generator["seed"]
-        self.generator = torch.Generator(generator["device"])
-        self.generator.set_state(generator["state"].cpu())
-        self.state, self.buffers = state["groups"], state["buffers"]
-        self.held, self.slopes = state["held"], state["slopes"]
-        self.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
-        self.decided, self.awaiting = set(pending["decided"]), set(pending["awaiting"])
-        self.choice = loaded["choice"]
+        checkpoint.restore(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the parameters."""
+        return {**self.__dict__, "shards": {}}

@@ -54,6 +54,7 @@ class Flow:
             core, descent.roles.base, options.learned_lr, descent.planner.log.tell_once
         )
         self.writer = Writer()
+        core.shards = self._shards
         self.last: StepRecord | None = None
         self.left_out = 0  # steps, also by a scaler
         self.holds = False  # weights, for further evaluations of the losses in a step
@@ -98,6 +99,11 @@ class Flow:
             if self.planner.chooser is not None:
                 self.planner.chooser.stop()
             return True
+
+    @property
+    def _shards(self) -> dict[int, Tensor]:
+        """The parameters of which this process may hold a part only, by number."""
+        return {n: self.descent.params[n] for n in self.descent.roles.shards}
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, Survey]:
         """Find weights that need no gradient, and look at the losses where that is enough."""
@@ -149,7 +155,7 @@ class Flow:
             partial(probe, self.core, found.tasks, self.descent.params),
             self.learning.lr,
             self.learning.base_lr,
-            {n: self.descent.params[n] for n in self.descent.roles.shards},
+            self._shards,
             self.processes,
         )
         return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
@@ -263,10 +269,12 @@ class Flow:
         moved = self.descent.refresh()
         if moved is not None:
             core.renumber(moved)
+        core.shards = self._shards
         if call is None:
             batch = ALONE.meet(core, losses, None, "", None)
         else:
             batch = self._meet().meet(core, losses, call.counts, self._point(call), call.aux_batch)
+            core.n_processes = self.processes.size
         if not batch.tasks:
             raise ValueError(
                 "Losses: no loss has a graph, so there is nothing to differentiate; compute at "

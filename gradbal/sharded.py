@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -83,12 +84,30 @@ def placed_like(grad: Tensor, param: Any) -> Tensor:
     )
 
 
-def part_of(whole: Tensor, param: Any) -> Tensor:
-    """Return what this process holds of a tensor of the parameter's shape that all have."""
-    if not is_sharded(param):
+def part_of(whole: Tensor, param: Any, n_leading: int = 0) -> Tensor:
+    """Return what this process holds of a tensor that all have.
+
+    Args:
+        whole: Of the parameter's shape, with so many axes before.
+        param: The parameter; whatever is no DTensor is held whole.
+        n_leading: Number of further axes, 0 or 1.
+    """
+    if not is_sharded(param) or whole.shape[n_leading:] != param.shape:
         return whole
+    if n_leading:
+        return torch.stack([part_of(row, param) for row in whole])
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = param.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local(everywhere.redistribute(mesh, param.placements))
+
+
+def whole_of(part: Tensor, param: Any, n_leading: int = 0) -> Tensor:
+    """Gather what the processes hold of a tensor; the arguments are as in ``part_of``."""
+    if not is_sharded(param) or part.shape[n_leading:] != local(param).shape:
+        return part
+    if n_leading:
+        return torch.stack([whole_of(row, param) for row in part])
+    placed: Any = placed_like(part, param)
+    return placed.full_tensor()  # type: ignore[no-any-return]  # a tensor, seen as Any above
