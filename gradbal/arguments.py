@@ -225,24 +225,6 @@ class Options:
                 "that returns the losses of the same batch again."
             )
 
-    def check_processes(self, rule: Rule, engine: Engine) -> None:
-        """Raise if several processes cannot balance their losses together."""
-        if isinstance(rule, GradientRule) and isinstance(engine, Representation):
-            raise ValueError(
-                f"{OWNER}: {type(rule).__name__} looks at single entries, and at a representation "
-                "every process has entries of its own; choose another engine, such as Sequential."
-            )
-        if self.capturable:
-            raise ValueError(
-                f"{OWNER}: with several processes numbers must be read back to agree on, so "
-                "`capturable` cannot be; leave it out."
-            )
-        if getattr(rule, "probes", False):
-            raise ValueError(
-                f"{OWNER}: {type(rule).__name__} looks at the losses at other parameters, which "
-                "several processes cannot do together; choose another rule."
-            )
-
 
 def _is_group(given: object) -> bool:
     dist = torch.distributed

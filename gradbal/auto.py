@@ -11,6 +11,7 @@ from torch import Tensor
 from gradbal.crossing import Segment, find_layers
 from gradbal.engines import Batched, Engine, Factored, Sequential, Streaming
 from gradbal.graph import Plan
+from gradbal.rule import GramRule, Rule
 from gradbal.work import ACCELERATOR, CPU, count, entries_at, free_bytes
 
 ENGINES: dict[str, Engine] = {
@@ -160,6 +161,18 @@ class Chooser:
     def _may_time(self) -> bool:
         """Say whether the choice may depend on the clock: not if every run is to be the same."""
         return self.timed and not torch.are_deterministic_algorithms_enabled()
+
+
+def chooser_for(rule: Rule, *, one_group: bool, capturable: bool) -> Chooser:
+    """Return what chooses the engine for a rule.
+
+    Args:
+        rule: The rule.
+        one_group: Whether all parameters are in one group.
+        capturable: Whether nothing may be read back.
+    """
+    grams = isinstance(rule, GramRule)
+    return Chooser(products=grams, streams=grams and one_group, timed=not capturable)
 
 
 def explained(choices: Choices, plan: Plan) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from gradbal import crossing
@@ -14,8 +13,8 @@ from gradbal.crossing import Segment, pull
 from gradbal.decision import Decision
 from gradbal.distributed import ALONE, Processes
 from gradbal.engines import Representation
-from gradbal.graph import Plan, members
-from gradbal.harvest import harvest, replaced
+from gradbal.graph import Plan
+from gradbal.harvest import pull_whole
 from gradbal.heads import Heads, Sink, descend
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
@@ -94,25 +93,9 @@ class Descent:
         even = self.processes.even  # else the tasks' graphs differ, and so would the pieces
         in_one = not even or bool(self.roles.shards)
         whole = (engine.keeps and not self.roles.some) or in_one
-        if further and isinstance(engine, Representation):
-            raise ValueError(
-                "Representation: gradients at the inputs of different batches share no space, so "
-                "they cannot be compared; choose another engine, such as Sequential."
-            )
-        if further and not whole:
-            raise ValueError(
-                f"{type(engine).__name__}: task gradients in a stream, or over chosen modules, are "
-                "those of one batch at a time, so batches cannot be compared; choose another "
-                "engine, such as Sequential, without `gram_over`."
-            )
+        self.planner.check_batches(bool(further), at_cut=at_cut, whole=whole, even=even)
         sink: AnySink
         if at_cut or isinstance(engine, Representation):
-            if not (at_cut or even or (self.planner.n_modules and not self.planner.pool)):
-                raise RuntimeError(
-                    "Representation: the processes have losses of different tasks, so what is "
-                    "found in their graphs cannot be joined; name the module whose output is the "
-                    "representation, without `pool`, or choose another engine."
-                )
             sink = self._represent(plan, batch.seeds(scale), heads, at_cut, retain_graph)
         elif whole:
             pairs = [(plan, batch), *further]
@@ -278,7 +261,11 @@ class Descent:
         else:
             shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
         if isinstance(sink, GramOnly) and plan.sharded:
-            return self._pull_whole(plan, gradients, decision, shared, retain_graph)
+            first = len(self.params)
+            at_cut = {n - first: value for n, value in shared.items()}
+            seeds, heads = gradients.seeds, decision.heads
+            whole = pull_whole(self.params, plan, seeds, heads, at_cut, retain_graph=retain_graph)
+            return self.processes.average(whole)
         if isinstance(sink, GramOnly):
             pulled = self._pull(plan, shared, retain_graph)
             beside = {n: g for n, g in shared.items() if n < len(self.params)}
@@ -310,29 +297,6 @@ class Descent:
         found = zip(plan.trunk, pull(segment, [values.get(first + i) for i in cut])[0], strict=True)
         return {number: grad for number, grad in found if grad is not None}
 
-    def _pull_whole(
-        self,
-        plan: Plan,
-        gradients: TaskGradients,
-        decision: Decision,
-        values: Mapping[int, Tensor],
-        retain_graph: bool,
-    ) -> dict[int, Tensor]:
-        """Go down from the losses in one ordinary pass, with other gradients from the cut on."""
-        seeds = list(gradients.seeds)
-        if decision.heads is not None:
-            weights = decision.heads.unbind()
-            like = [root.node._input_metadata[root.output_nr] for root in plan.roots]
-            seeds = [
-                torch.full(kind.shape, float(w), dtype=kind.dtype, device=kind.device)
-                * (1 if seed is None else seed)
-                for seed, w, kind in zip(seeds, weights, like, strict=True)
-            ]
-        at_cut = {n - len(self.params): value for n, value in values.items()}
-        with replaced(plan.cut, at_cut):
-            found = harvest(self.params, plan.roots, seeds, retain_graph=retain_graph)
-        return self.processes.average(found)
-
     def _collected(
         self,
         tasks: list[int],
@@ -343,16 +307,6 @@ class Descent:
         n_batches: int = 1,
     ) -> TaskGradients:
         """Add which tasks reach which group."""
-        sets: dict[str, int] = {}
         one = self.roles.some or isinstance(sink, GramOnly)
-        pairs = {
-            (MODEL if one else self.roles.grouped[number], bits)
-            for number, bits in reached.items()
-            if number in shared
-        }
-        for group, bits in pairs:
-            sets[group] = sets.get(group, 0) | bits
-        position = {task: i for i, task in enumerate(tasks)}
-        found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
-        groups = dict(sorted(found.items()))
+        groups = self.roles.members(tasks, reached, shared, one=one)
         return TaskGradients(tasks, heads, sink, groups, self.roles.eps(shared), n_batches)

@@ -11,9 +11,9 @@ from torch import nn
 from gradbal import checks
 from gradbal.crossing import Batch, Layer, Segment, Sketch, factored, find_layers, loop
 from gradbal.crossing.segment import Crossing
-from gradbal.graph import Boundary
 from gradbal.pieces import Piece, split
 from gradbal.rule import mix
+from gradbal.walk import Boundary
 
 
 class Engine:

@@ -21,7 +21,7 @@ from gradbal.calls import (
 from gradbal.core import Core
 from gradbal.decision import Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
-from gradbal.distributed import ALONE, Processes, connect
+from gradbal.distributed import Processes
 from gradbal.distributed.counts import Counts
 from gradbal.gathering import Gathered, gather
 from gradbal.grads import Writer
@@ -30,8 +30,9 @@ from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses
 from gradbal.phases import phase
 from gradbal.probe import probe
+from gradbal.reading import Reader
 from gradbal.record import StepRecord
-from gradbal.rule import Closure, GradientRule, LossRule, mix
+from gradbal.rule import Closure, LossRule
 from gradbal.survey import Survey, survey_losses
 
 
@@ -54,10 +55,15 @@ class Flow:
             core, descent.roles.base, options.learned_lr, descent.planner.log.tell_once
         )
         self.writer = Writer()
-        core.shards = self._shards
+        self.reader = Reader(core, options, descent)
         self.last: StepRecord | None = None
         self.left_out = 0  # steps, also by a scaler
         self.holds = False  # weights, for further evaluations of the losses in a step
+
+    @property
+    def processes(self) -> Processes:
+        """Those that balance their losses together."""
+        return self.descent.processes
 
     @torch.no_grad()
     @outside_autocast
@@ -67,7 +73,7 @@ class Flow:
         transaction = core.transaction(random=not options.capturable)
         with leaving_word(lambda: self.processes), transaction as undo:
             with phase("bookkeeping"):
-                batch = self.read(losses, call)
+                batch = self.reader.read(losses, call)
             scale = call.initial_gradient(batch.values.device)
             decision, shown = self._decide_on_losses(batch, call)
             if shown.bad and options.stops_at_nonfinite(call.scaler):
@@ -75,7 +81,7 @@ class Flow:
             if decision is not None and decision.in_one_pass and not core.pending:
                 return self._pass_once(batch, decision, shown, scale, call, undo)
             at_cut = decision is not None and not core.pending
-            further = [] if decision is not None else self._read_more(batch, call)
+            further = [] if decision is not None else self.reader.further(batch, call)
             with phase("jacobian"), explaining_donation():
                 others = [more for more in further if isinstance(more, Batch)]
                 found = gather(self.descent, core, batch, scale, call, others, at_cut=at_cut)
@@ -99,11 +105,6 @@ class Flow:
             if self.planner.chooser is not None:
                 self.planner.chooser.stop()
             return True
-
-    @property
-    def _shards(self) -> dict[int, Tensor]:
-        """The parameters of which this process may hold a part only, by number."""
-        return {n: self.descent.params[n] for n in self.descent.roles.shards}
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, Survey]:
         """Find weights that need no gradient, and look at the losses where that is enough."""
@@ -155,7 +156,7 @@ class Flow:
             partial(probe, self.core, found.tasks, self.descent.params),
             self.learning.lr,
             self.learning.base_lr,
-            self._shards,
+            self.core.shards,
             self.processes,
         )
         return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
@@ -251,95 +252,6 @@ class Flow:
         self.last = StepRecord(names, torch.full((len(names),), torch.nan), skipped=True)
         fill(self.descent.params, None if call.scaler is None else torch.inf)
         return call.scaler is not None
-
-    @property
-    def processes(self) -> Processes:
-        """Those that balance their losses together."""
-        return self.descent.processes
-
-    def read(self, losses: Losses, call: Call | None = None) -> Batch:
-        """Bring the losses into one form and give each task its number.
-
-        Args:
-            losses: Those of this process.
-            call: The arguments of the call; None to leave other processes out of it.
-        """
-        core = self.core
-        self.planner.seed = mix(core.seed, core.solved)
-        moved = self.descent.refresh()
-        if moved is not None:
-            core.renumber(moved)
-        core.shards = self._shards
-        if call is None:
-            batch = ALONE.meet(core, losses, None, "", None)
-        else:
-            batch = self._meet().meet(core, losses, call.counts, self._point(call), call.aux_batch)
-            core.n_processes = self.processes.size
-        if not batch.tasks:
-            raise ValueError(
-                "Losses: no loss has a graph, so there is nothing to differentiate; compute at "
-                "least one from parameters that require gradients."
-            )
-        return batch
-
-    def _meet(self) -> Processes:
-        """Return the processes that balance their losses together, found anew if that changed."""
-        whole = isinstance(self.core.rule, GradientRule)
-        found = connect(self.options.process_group, self.processes, whole=whole)
-        if found is not self.processes:
-            self.options.check_processes(self.core.rule, self.planner.engine)
-            self.descent.meet(found)
-        found.join(self.descent.params)
-        return found
-
-    def prove_alike(self) -> None:
-        """Verify that all processes have the same parameters and rule state.
-
-        Raises:
-            RuntimeError: If one differs.
-        """
-        processes, core = self._meet(), self.core
-        roles = self.descent.roles
-        things: dict[str, Tensor | str] = {
-            f"parameter {n}": param for n, param in enumerate(roles.params) if n not in roles.shards
-        }
-        things["the list of tasks"] = repr(core.names)
-        things["the number of steps"] = repr((core.solved, core.skipped, core.age))
-        things["the random generator"] = core.generator.get_state()
-        for group, state in core.state.items():
-            things |= {f"{name!r} of the rule ({group})": kept for name, kept in state.items()}
-        processes.compare(things)
-
-    def _point(self, call: Call) -> str:
-        """Say where in the training this process is."""
-        kind = "puts gradients aside" if call.accumulate else "balances losses"
-        pending = " after others" if self.core.pending else ""
-        return f"{kind}{pending} after {self.core.solved} solved steps"
-
-    def _read_more(self, batch: Batch, call: Call) -> list[Batch | Closure]:
-        """Bring further batches into form; closures stay for rules that look ahead."""
-        core, found = self.core, []
-        if not call.more and max(core.rule.batches) > 1:
-            self.planner.log.tell_once(
-                "one batch",
-                f"{type(core.rule).__name__} can compare independent batches and got one, which "
-                "biases its weights; pass their losses as `step(losses, second)` or "
-                "`step(losses, second, third)`.",
-            )
-        for more in call.more:
-            if callable(more) and getattr(core.rule, "probes", False):
-                found.append(more)
-                continue
-            with torch.enable_grad(), self.processes.telling(core):
-                losses = more() if callable(more) else more
-            found.append(self.processes.meet(core, losses, call.counts, self._point(call), None))
-            if found[-1].tasks != batch.tasks:
-                raise ValueError(
-                    f"{OWNER}: every batch must have losses of the same tasks, got those of "
-                    f"{[core.names[task] for task in found[-1].tasks]} beside "
-                    f"{[core.names[task] for task in batch.tasks]}; leave the task out everywhere."
-                )
-        return found
 
     def evaluate(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradbal.graph import Plan
 from gradbal.losses import Batch
 from gradbal.pending import Rows
 from gradbal.sharded import check_placed, own_part
@@ -88,3 +89,34 @@ def replaced(edges: Sequence[GradientEdge], values: Mapping[int, Tensor]) -> Ite
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def pull_whole(
+    params: Sequence[Tensor],
+    plan: Plan,
+    seeds: Sequence[Tensor | None],
+    weights: Tensor | None,
+    values: Mapping[int, Tensor],
+    *,
+    retain_graph: bool,
+) -> dict[int, Tensor]:
+    """Go down from the losses in one ordinary pass, with other gradients from the cut on.
+
+    Args:
+        params: All parameters of the optimizer.
+        plan: The plan.
+        seeds: Initial gradient of each loss; None for 1.
+        weights: On the parameters above the cut, shape ``[m]``; None for plain gradients.
+        values: The gradient at each edge of the cut, by position; nothing where there is none.
+        retain_graph: Keep the graph.
+
+    Returns:
+        As :func:`harvest`.
+    """
+    if weights is not None:
+        like = [root.node._input_metadata[root.output_nr] for root in plan.roots]
+        ones = [torch.ones(kind.shape, dtype=kind.dtype, device=kind.device) for kind in like]
+        pairs = zip(ones, seeds, weights.tolist(), strict=True)
+        seeds = [one * w if seed is None else seed * w for one, seed, w in pairs]
+    with replaced(plan.cut, values):
+        return harvest(params, plan.roots, seeds, retain_graph=retain_graph)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gradbal.crossing import Cotangent, Rows, Segment, pull
 from gradbal.gram import added
-from gradbal.graph import Boundary, Plan
+from gradbal.graph import Plan
 from gradbal.sharded import own_part
+from gradbal.walk import Boundary
 
 
 class Sink(Protocol):

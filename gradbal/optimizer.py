@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal import reports
 from gradbal.arguments import OWNER, Groups, Options, Parameters, needs_closure, tensors_of
-from gradbal.auto import Chooser
+from gradbal.auto import chooser_for
 from gradbal.calls import AuxLosses, Call, explaining_donation
 from gradbal.closures import Evaluations
 from gradbal.core import Core
@@ -22,7 +22,7 @@ from gradbal.planner import Planner
 from gradbal.record import StepRecord
 from gradbal.registry import make_rule
 from gradbal.roles import Roles
-from gradbal.rule import GramRule, Rule
+from gradbal.rule import Rule
 from gradbal.several import SeveralOptimizers
 from gradbal.wrapper import WrappedOptimizer
 
@@ -192,7 +192,7 @@ class MTLOptimizer(WrappedOptimizer):
         else:
             evaluate = partial(self._flow.evaluate, more, counts)
             evaluations = Evaluations(closure, evaluate, aux)
-            with self._flow.processes.telling(self.core):
+            with self._flow.reader.connect().telling(self.core):
                 result = self.base.step(evaluations)
             closure = closure if evaluations.count else None
         self._flow.learning.after_step(closure, self._flow.processes)
@@ -239,11 +239,11 @@ class MTLOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: If one deviates by more than rounding explains, or processes differ.
         """
-        self._flow.prove_alike()
+        self._flow.reader.prove_alike()
         with self.core.transaction() as undo, explaining_donation():
             try:
                 with self._flow.descent.apart() as descent:
-                    return reports.check(descent, self.core, self._flow.read(losses))
+                    return reports.check(descent, self.core, self._flow.reader.read(losses))
             finally:
                 undo()
 
@@ -255,7 +255,7 @@ class MTLOptimizer(WrappedOptimizer):
         """
         with self.core.transaction() as undo:
             try:
-                batch = None if losses is None else self._flow.read(losses)
+                batch = None if losses is None else self._flow.reader.read(losses)
                 return reports.explain(self._flow.descent, self.core, batch)
             finally:
                 undo()
@@ -285,22 +285,20 @@ class MTLOptimizer(WrappedOptimizer):
             self.gram_over,
             everything=getattr(self.core.rule, "probes", False),
         )
+        options = self.options
+        chooser = chooser_for(
+            self.core.rule, one_group=options.groups == "model", capturable=options.capturable
+        )
         planner = Planner(
             roles,
             self.engine,
-            self._chooser() if isinstance(self.engine, Auto) else None,
+            chooser if isinstance(self.engine, Auto) else None,
             norms_only=getattr(self.core.rule, "norms_only", False),
             reads=not self.options.capturable,
         )
         descent = Descent(planner)
         self._flow = Flow(self.core, self.options, descent)
         self._needs_closure = needs_closure(self.base)
-
-    def _chooser(self) -> Chooser:
-        """Return what chooses the engine."""
-        grams = isinstance(self.core.rule, GramRule)
-        alone = grams and self.options.groups == "model"
-        return Chooser(products=grams, streams=alone, timed=not self.options.capturable)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew: storage, hooks and the record of what was said."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.graph import LEAF, Boundary
+from gradbal.walk import LEAF, Boundary
 from gradbal.work import entries_at
 
 Open = dict[Node, set[int]]  # edges that lead out of what has been visited, by where they lead

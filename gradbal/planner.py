@@ -8,7 +8,7 @@ from gradbal.auto import ENGINES, Chooser
 from gradbal.core import Core
 from gradbal.crossing import Layer, Segment
 from gradbal.crossing.segment import Crossing
-from gradbal.engines import Engine, Representation
+from gradbal.engines import Engine, Factored, Representation
 from gradbal.graph import Plan, make_plan
 from gradbal.log import Log
 from gradbal.losses import Batch
@@ -134,6 +134,34 @@ class Planner:
         self.hidden, self.foreign = plan.hidden or plan.sharded, plan.foreign > 0
         return plan
 
+    def check_batches(self, further: bool, *, at_cut: bool, whole: bool, even: bool) -> None:
+        """Raise if batches, or parts of one in several processes, cannot be brought together.
+
+        Args:
+            further: Whether there are further batches.
+            at_cut: Whether to stay at the cut.
+            whole: Whether the task gradients of the whole trunk are kept.
+            even: Whether all processes have losses of the same tasks.
+        """
+        looks = isinstance(self.engine, Representation)
+        if further and looks:
+            raise ValueError(
+                "Representation: gradients at the inputs of different batches share no space, so "
+                "they cannot be compared; choose another engine, such as Sequential."
+            )
+        if further and not whole:
+            raise ValueError(
+                f"{type(self.engine).__name__}: task gradients in a stream, or over chosen modules,"
+                " are those of one batch at a time, so batches cannot be compared; choose another "
+                "engine, such as Sequential, without `gram_over`."
+            )
+        if looks and not (at_cut or even or (self.n_modules and not self.pool)):
+            raise RuntimeError(
+                "Representation: the processes have losses of different tasks, so what is "
+                "found in their graphs cannot be joined; name the module whose output is the "
+                "representation, without `pool`, or choose another engine."
+            )
+
     def trunk(self, plan: Plan, *, retain_graph: bool) -> Segment:
         """Return the trunk of one batch, as it is to be gone through."""
         top = plan.cut if plan.trunk else ()
@@ -143,4 +171,12 @@ class Planner:
 
     def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
         """Return the layers of a segment whose gradients are not to be formed, by position."""
-        return self.engine.layers(segment, n_tasks, self.seed) if self.alone else {}
+        if self.alone:
+            return self.engine.layers(segment, n_tasks, self.seed)
+        if isinstance(self.engine, Factored):
+            self.log.tell_once(
+                "formed",
+                f"{type(self.engine).__name__}: with several processes, or sharded parameters, task"
+                " gradients are formed one by one, as with Sequential.",
+            )
+        return {}

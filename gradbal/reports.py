@@ -14,11 +14,12 @@ from gradbal.decision import Decision
 from gradbal.descent import Descent
 from gradbal.engines import Representation
 from gradbal.gram import outside_autocast
-from gradbal.graph import members, walk_graph
+from gradbal.graph import members
 from gradbal.harvest import harvest, harvest_rows
 from gradbal.losses import Batch
 from gradbal.rule import GradientRule, LossRule, Rule
 from gradbal.sharded import own_part
+from gradbal.walk import walk_graph
 
 TOLERANCE = 1e4  # times machine epsilon: far above rounding, far below a wrong gradient
 LIMIT = 0.05  # for half precision: above rounding still, and wrong gradients are not this good

@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gradbal.distributed import Processes
-from gradbal.graph import Boundary, Place, Plan, made_of_parameters, mark, several
+from gradbal.graph import Place, Plan, mark, several
 from gradbal.sinks import Represented
+from gradbal.walk import Boundary, made_of_parameters
 
 
 class Marker:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal.arguments import Groups, assign_groups, numbers_in, parameter_list
 from gradbal.blocks import BESIDE, MODEL
-from gradbal.graph import several
+from gradbal.graph import members, several
 from gradbal.sharded import is_sharded, local
 
 
@@ -105,6 +105,29 @@ class Roles:
             if self._over is not None:
                 self.grouped = {n: MODEL if n in self._over else BESIDE for n in self.grouped}
         return self.grouped
+
+    def members(
+        self, tasks: Sequence[int], reached: Mapping[int, int], shared: set[int], *, one: bool
+    ) -> dict[str, list[int]]:
+        """Return which of these tasks reach each group of shared parameters, by position.
+
+        Args:
+            tasks: Numbers of the tasks.
+            reached: The tasks that reach each parameter, as a bit set.
+            shared: The shared parameters.
+            one: Take all groups for one.
+        """
+        sets: dict[str, int] = {}
+        pairs = {
+            (MODEL if one else self.grouped[number], bits)
+            for number, bits in reached.items()
+            if number in shared
+        }
+        for group, bits in pairs:
+            sets[group] = sets.get(group, 0) | bits
+        position = {task: i for i, task in enumerate(tasks)}
+        found = {g: sorted(position[task] for task in members(bits)) for g, bits in sets.items()}
+        return dict(sorted(found.items()))
 
     def check_counted(self, shared: set[int], reached: Mapping[int, int]) -> None:
         """Raise if inner products are to be taken over parameters that nothing shares."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.graph import LEAF, Boundary
+from gradbal.walk import LEAF, Boundary
 
 
 class Rates(NamedTuple):

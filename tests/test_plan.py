@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from gradbal.graph import make_plan, mark, walk_graph
+from gradbal.graph import make_plan, mark
+from gradbal.walk import walk_graph
 
 
 class Pair(torch.autograd.Function):

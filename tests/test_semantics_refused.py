@@ -239,7 +239,8 @@ def test_no_representation_to_be_found() -> None:
 def test_process_group_is_a_group() -> None:
     says(
         TypeError,
-        "MTLOptimizer: `process_group` must be \"auto\", a group of torch.distributed or None, got 3.",
+        'MTLOptimizer: `process_group` must be "auto", a group of torch.distributed or None, got '
+        "3.",
         lambda: wrapped(Toy(), "upgrad", process_group=3),
     )
 

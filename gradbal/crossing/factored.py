@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradbal.crossing.layers import Convolution, Layer, Lookup, Matmul, Outer, Sketch, Use
 from gradbal.crossing.products import Product
 from gradbal.crossing.segment import Cotangents, Crossing, Rows, RowStream, Segment
-from gradbal.graph import LEAF, Boundary
+from gradbal.walk import LEAF, Boundary
 
 Path = tuple[Node, int, list[Node], Node]  # a layer, a slot of it, what is between, a parameter
 

@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.crossing.layers import Layer
 from gradbal.crossing.products import Product
-from gradbal.graph import Boundary
 from gradbal.sharded import own_part
+from gradbal.walk import Boundary
 
 
 class Segment(NamedTuple):

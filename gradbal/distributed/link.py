@@ -74,6 +74,11 @@ class Link:
             self._told(_all_gather, out.view(-1), row.contiguous(), row)
         return out
 
+    def differing(self, row: Tensor) -> list[int]:
+        """Return the positions at which the processes' numbers differ."""
+        table = self.table(row)
+        return (table != table[0]).any(dim=0).nonzero().flatten().tolist()
+
     def objects(self, given: object) -> list[Any]:
         """Return what everybody gives; for the rare case."""
         found: list[Any] = [None] * self.size

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 
 from gradbal.blocks import Block, Columns
+from gradbal.distributed.averaging import Averaging
 from gradbal.distributed.counts import Counts, read_counts, samples_of
 from gradbal.distributed.fingerprint import digest, fingerprint, hashed
 from gradbal.distributed.link import OWNER, Link
 from gradbal.distributed.processes import Key, Known, MakePlans, Names, Processes, Settled
-from gradbal.distributed.reduced import Reduced
-from gradbal.distributed.rows import Exchange, NoExchange, sum_sparse
+from gradbal.distributed.rows import Exchange, NoExchange
 from gradbal.graph import Plan
 from gradbal.losses import Batch, Losses, named_losses, placeholder, read_batch
 from gradbal.sharded import Holding, hold, is_sharded, local
 
 SMALL = 2**14  # columns up to which one message with whole rows costs less than many with parts
-BUCKET = 2**22  # entries that are averaged in one message
 
 
 class Several(Processes):
@@ -48,7 +47,7 @@ class Several(Processes):
         row = [len(params), *(number for p in params for number in fingerprint(p))]
         table = self.link.table(torch.tensor([len(row)]))
         same = bool((table == table[0]).all())
-        other = self.alike_rows(torch.tensor(row)) if same else [0]
+        other = self.link.differing(torch.tensor(row)) if same else [0]
         if other:
             n = other[0] - 1
             what = f"parameter {n // 2}" if n >= 0 else "their number"
@@ -59,12 +58,7 @@ class Several(Processes):
             )
         self.params, self.holdings = list(params), holdings
         self.shards = any(is_sharded(param) for param in params)
-        self.reduced = Reduced(self.alike_rows)
-
-    def alike_rows(self, row: Tensor) -> list[int]:
-        """Return the positions at which the processes' numbers differ."""
-        table = self.link.table(row)
-        return (table != table[0]).any(dim=0).nonzero().flatten().tolist()
+        self.averaging = Averaging(self.link, self.params, self.holdings)
 
     def holding(self, number: int) -> Holding:
         return self.holdings[number]
@@ -208,7 +202,7 @@ class Several(Processes):
         return bool(self.link.table(torch.tensor([good])).all())
 
     def same(self, text: str) -> bool:
-        return not self.alike_rows(torch.tensor([hashed(text)], dtype=torch.float64))
+        return not self.link.differing(torch.tensor([hashed(text)], dtype=torch.float64))
 
     def total(
         self, numbers: Sequence[int], part: Callable[..., Tensor], rows: Sequence[Tensor]
@@ -222,74 +216,13 @@ class Several(Processes):
         return self.sum(found.flatten()).view_as(found)
 
     def settle(self, grads: Mapping[Key, Tensor], marks: Collection[Key]) -> Settled:
-        width = len(self.params)
-        slots = 2 + max((slot for slot, _ in {*grads, *marks}), default=0)
-        slots = int(self.link.table(torch.tensor([slots])).max())
-        found = torch.zeros((3, slots, width), dtype=torch.uint8)
-        sparse = [key for key, grad in grads.items() if grad.is_sparse]
-        for i, keys in enumerate((grads, marks, sparse)):
-            for slot, number in keys:
-                found[i, slot + 1, number] = 1
-        table = self.link.table(found.flatten()).amax(dim=0).view_as(found)
-        keys, marked, thin = (
-            [(slot - 1, number) for slot, number in plane.nonzero().tolist()] for plane in table
-        )
-        whole = {key: grads[key] for key in keys if key in grads}
-        plain = [key for key in keys if self.holdings[key[1]].averaged]
-        for key in thin:
-            whole[key] = sum_sparse(self.link, grads.get(key), self.params[key[1]]) / self.size
-        self._average([key for key in plain if key not in set(thin)], grads, whole)
-        return Settled({key: whole[key] for key in keys if key in whole}, {*marked})
-
-    def _average(
-        self, keys: Sequence[Key], grads: Mapping[Key, Tensor], out: dict[Key, Tensor]
-    ) -> None:
-        """Average dense gradients, many in one message."""
-        kinds: dict[object, list[Key]] = {}
-        for key in keys:
-            param = self.params[key[1]]
-            kinds.setdefault((param.dtype, param.device), []).append(key)
-        waiting = []
-        for bucket in (part for kind in kinds.values() for part in self._buckets(kind)):
-            like = [self.params[number] for _, number in bucket]
-            given = [grads.get(key) for key in bucket]
-            parts = [
-                torch.zeros_like(param).flatten() if grad is None else _dense(grad).flatten()
-                for grad, param in zip(given, like, strict=True)
-            ]
-            flat = torch.cat(parts)
-            waiting.append((bucket, like, flat, self.link.sum_large(flat, "gradients")))
-        for bucket, like, flat, transfer in waiting:
-            transfer.finish()
-            flat /= self.size
-            pieces = torch.split(flat, [param.numel() for param in like])
-            for key, piece, param in zip(bucket, pieces, like, strict=True):
-                out[key] = piece.view(param.shape)
-
-    def _buckets(self, keys: Sequence[Key]) -> list[list[Key]]:
-        buckets: list[list[Key]] = [[]]
-        room = BUCKET
-        for key in keys:
-            if room <= 0:
-                buckets.append([])
-                room = BUCKET
-            buckets[-1].append(key)
-            room -= self.params[key[1]].numel()
-        return buckets
+        return self.averaging.settle(grads, marks)
 
     def watch(self) -> AbstractContextManager[None]:
-        plain = {n: p for n, p in enumerate(self.params) if self.holdings[n].averaged}
-        return self.reduced.watch(plain)
+        return self.averaging.watch()
 
     def complete(self) -> None:
-        grads = {n: self.params[n].grad for n in self.reduced.missing()}
-        found = self.average({n: g for n, g in grads.items() if g is not None})
-        for number, grad in found.items():
-            old = grads[number]
-            if old is None or old.is_sparse:
-                self.params[number].grad = grad
-            else:
-                old.copy_(grad)
+        self.averaging.complete()
 
     def where(self, bad: bool) -> str:
         ranks = self.link.table(torch.tensor([bad])).nonzero()[:, 0].tolist()
@@ -349,7 +282,3 @@ class Several(Processes):
     def _tell(self, error: Exception | None) -> list[str | None]:
         """Exchange errors in words."""
         return self.link.objects(None if error is None else f"{type(error).__name__}: {error}")
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.to_dense() if grad.is_sparse else grad
