@@ -228,7 +228,9 @@ class Options:
 
 def _is_group(given: object) -> bool:
     dist = torch.distributed
-    return dist.is_available() and isinstance(given, dist.ProcessGroup)
+    if not dist.is_available():
+        return False
+    return isinstance(given, dist.ProcessGroup) or given == dist.GroupMember.NON_GROUP_MEMBER
 
 
 def needs_closure(base: torch.optim.Optimizer) -> bool:

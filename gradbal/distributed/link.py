@@ -7,6 +7,7 @@ same order everywhere, and fails everywhere at once.
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
+_numbers = count()  # of the connections, made in the same order in all processes
 
 
 class Link:
@@ -47,7 +49,7 @@ class Link:
             ranks = dist.get_process_group_ranks(self.group)
             self.host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self.store: Any = self.group.get_group_store()
-        self.meetings = 0
+        self.name, self.meetings = f"gradbal/{next(_numbers)}", 0
         self.given_up: RuntimeError | None = None
         self.sent: dict[str, int] = {}
         self.calls: dict[str, int] = {}
@@ -55,14 +57,14 @@ class Link:
     def mark(self) -> None:
         """Leave word that this process has come to its next meeting."""
         self.meetings += 1
-        self.store.set(f"gradbal/{self.rank}", str(self.meetings))
+        self.store.set(f"{self.name}/{self.rank}", str(self.meetings))
 
     def leave_word(self, error: BaseException) -> None:
         """Tell those who will wait in vain why this process goes no further."""
         if error is not self.given_up:
             text = f"{type(error).__name__}: {error}"
             with suppress(RuntimeError):
-                self.store.set(f"gradbal/{self.rank}/error/{self.meetings}", text)
+                self.store.set(f"{self.name}/{self.rank}/error/{self.meetings}", text)
 
     def table(self, row: Tensor, kind: str = "agreement") -> Tensor:
         """Return what everybody gives, shape ``[processes, n]``; for few numbers."""
@@ -127,9 +129,9 @@ class Link:
     def broken(self) -> RuntimeError:
         """Return the error that says who is gone."""
         try:
-            come = [int(self._word(f"gradbal/{rank}") or 0) for rank in range(self.size)]
+            come = [int(self._word(f"{self.name}/{rank}") or 0) for rank in range(self.size)]
             late = [str(rank) for rank, count in enumerate(come) if count < self.meetings]
-            keys = [f"gradbal/{rank}/error/{self.meetings}" for rank in range(self.size)]
+            keys = [f"{self.name}/{rank}/error/{self.meetings}" for rank in range(self.size)]
             words = list(map(self._word, keys))
             failed = [f"process {r} failed with {word}" for r, word in enumerate(words) if word]
             gone = [f"process {', '.join(late)} is gone or busy elsewhere"] if late else []
