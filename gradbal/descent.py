@@ -14,7 +14,7 @@ from gradbal.decision import Decision
 from gradbal.distributed import ALONE, Processes
 from gradbal.engines import Representation
 from gradbal.graph import Plan
-from gradbal.harvest import pull_whole
+from gradbal.harvest import harvest_rows, pull_whole
 from gradbal.heads import Heads, Sink, descend
 from gradbal.losses import Batch
 from gradbal.pending import Rows as PendingRows
@@ -210,6 +210,8 @@ class Descent:
                 "Representation: its rows belong to the inputs of one batch, so they cannot be "
                 "accumulated; use Sequential or Batched."
             )
+        if plan.sharded:
+            return harvest_rows(self.params, batch, scale, retain_graph=retain_graph)
         heads, aside = Heads(), Aside(batch.tasks, plan.reached)
         segment = self.planner.trunk(plan, retain_graph=retain_graph)
         self._cross(plan, segment, batch.seeds(scale), heads, aside)

@@ -12,7 +12,7 @@ from gradbal.descent import Descent
 from gradbal.distributed import Processes
 from gradbal.engines import Representation
 from gradbal.graph import Plan
-from gradbal.harvest import harvest, harvest_rows
+from gradbal.harvest import harvest
 from gradbal.losses import Batch
 from gradbal.pending import Rows
 from gradbal.survey import Survey, survey
@@ -98,55 +98,72 @@ def gather(
 
     def make(known: Mapping[int, int]) -> list[Plan]:
         plans = [planner.plan(losses, known, found=at_cut) for losses in (batch, *further)]
-        if any(plan.hidden for plan in plans):
-            raise RuntimeError(
-                "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so "
-                "their task gradients cannot be computed; pass use_reentrant=False to torch's "
-                "checkpoint."
-            )
-        if any(plan.static for plan in plans):
-            raise RuntimeError(
-                "MTLOptimizer: DistributedDataParallel(static_graph=True) counts on one and the "
-                "same backward pass in each step, and task gradients take several; build it "
-                "without."
-            )
+        for plan in plans:
+            _check(plan)
         return plans
 
     plans = processes.plan(make, core.sets)
     plan = plans[0]
     aux = _aux(descent, plan, batch.losses, call, scale)
     looks = at_cut or isinstance(planner.engine, Representation)
-    if plan.sharded and looks and plan.mixed and not at_cut:
+    if plan.sharded:
+        _check_sharded(plan, several=bool(further), looks=looks and not at_cut)
+    in_rows = plan.sharded and (plan.mixed or not looks)
+    if not at_cut and not plan.sharded:
+        in_parts = call.accumulate or further or bool(core.pending)
+        planner.choose(core, plan, processes.first, whole=not in_parts)
+    if in_rows or call.accumulate or core.pending:
+        piece = descent.rows(plan, batch, scale, retain_graph=call.retain_graph)
+        return _joined(descent, core, plan, batch, call, piece, aux)
+    known = core.sets
+    for one in plans:
+        known = _united(known, one.reached)
+    gradients = descent.gather(
+        plan,
+        batch,
+        known,
+        scale,
+        len(core.names),
+        at_cut=at_cut,
+        retain_graph=call.retain_graph,
+        further=list(zip(plans[1:], further, strict=True)),
+    )
+    return Gathered(plan, known, gradients, batch.values, aux, processes).settle()
+
+
+def _check(plan: Plan) -> None:
+    """Raise if task gradients cannot be computed from a graph."""
+    if plan.hidden:
+        raise RuntimeError(
+            "MTLOptimizer: a reentrant checkpoint hides its parameters from the graph, so their "
+            "task gradients cannot be computed; pass use_reentrant=False to torch's checkpoint."
+        )
+    if plan.static:
+        raise RuntimeError(
+            "MTLOptimizer: DistributedDataParallel(static_graph=True) counts on one and the same "
+            "backward pass in each step, and task gradients take several; build it without."
+        )
+
+
+def _check_sharded(plan: Plan, *, several: bool, looks: bool) -> None:
+    """Raise if something cannot be where parameters are sharded.
+
+    Args:
+        plan: The plan.
+        several: Whether there are several batches.
+        looks: Whether the rule looks at a representation.
+    """
+    if several:
+        raise ValueError(
+            "MTLOptimizer: several batches cannot be compared where parameters are sharded by "
+            "fully_shard; choose a rule that takes one."
+        )
+    if looks and plan.mixed:
         raise RuntimeError(
             "Representation: parameters sharded by fully_shard are used by several tasks beside "
             "the representation, where their gradients cannot be told apart; name a module above "
             "which every parameter belongs to one task, or choose another engine."
         )
-    stays = looks and not plan.mixed and not call.accumulate and not core.pending
-    if plan.sharded and not stays:
-        piece = harvest_rows(descent.params, batch, scale, retain_graph=call.retain_graph)
-        return _joined(descent, core, plan, batch, call, piece, aux)
-    if not at_cut and not plan.sharded:
-        in_parts = call.accumulate or further or bool(core.pending)
-        planner.choose(core, plan, processes.first, whole=not in_parts)
-    known = core.sets
-    for one in plans:
-        known = _united(known, one.reached)
-    count, retain = len(core.names), call.retain_graph
-    if not call.accumulate and not core.pending:
-        gradients = descent.gather(
-            plan,
-            batch,
-            known,
-            scale,
-            count,
-            at_cut=at_cut,
-            retain_graph=retain,
-            further=list(zip(plans[1:], further, strict=True)),
-        )
-        return Gathered(plan, known, gradients, batch.values, aux, processes).settle()
-    piece = descent.rows(plan, batch, scale, retain_graph=retain)
-    return _joined(descent, core, plan, batch, call, piece, aux)
 
 
 def _joined(

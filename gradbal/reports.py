@@ -143,6 +143,12 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         descent.planner.choose(core, plan, whole=True)
         lines.append(explained(core.choice, plan))
     m = len(batch.tasks)
+    if plan.sharded:
+        lines.append(
+            "The parameters are sharded by fully_shard, which hides from the graph which tasks use "
+            f"them. A step costs {m} ordinary passes, or {m} down to the representation and one."
+        )
+        return "\n".join(lines)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
     beside = sorted(set(shared) - set(plan.trunk))
     lines.append(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from gradbal.graph import Plan
 from gradbal.losses import Batch, Losses, named_losses, read_batch
 from gradbal.sharded import Holding
 
-T = TypeVar("T")
 Known = Mapping[int, int]
 MakePlans = Callable[[Known], list[Plan]]
 Key = tuple[int, int]  # what it belongs to, the number of its parameter
