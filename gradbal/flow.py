@@ -23,7 +23,7 @@ from gradbal.decision import Decision, Sight, decide, hold, reuse
 from gradbal.descent import Descent
 from gradbal.distributed import Processes
 from gradbal.distributed.counts import Counts
-from gradbal.gathering import Gathered, gather
+from gradbal.gathering import Gathered, check_peers, gather
 from gradbal.grads import Writer
 from gradbal.gram import all_finite, outside_autocast
 from gradbal.learning import Learning
@@ -193,7 +193,7 @@ class Flow:
         """Take the weighted losses down in one ordinary pass."""
         planner, params = self.planner, self.descent.params
         if not planner.walked or planner.foreign:  # else there is nothing to find out
-            planner.plan(batch, self.core.sets, found=True)
+            check_peers(planner.plan(batch, self.core.sets, found=True), self.processes.size)
         self._start_anew(call)
         weights = decision.shared[MODEL]
         with phase("backward"), replacing_grads(params, fresh=call.fresh):

@@ -100,6 +100,7 @@ def gather(
         plans = [planner.plan(losses, known, found=at_cut) for losses in (batch, *further)]
         for plan in plans:
             _check(plan)
+            check_peers(plan, processes.size)
         return plans
 
     plans = processes.plan(make, core.sets)
@@ -142,6 +143,25 @@ def _check(plan: Plan) -> None:
         raise RuntimeError(
             "MTLOptimizer: DistributedDataParallel(static_graph=True) counts on one and the same "
             "backward pass in each step, and task gradients take several; build it without."
+        )
+
+
+def check_peers(plan: Plan, n_processes: int) -> None:
+    """Raise if parameters are split over some of the processes, and nobody averages over the rest.
+
+    Args:
+        plan: The plan.
+        n_processes: How many balance their losses together.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    if not plan.sharded and 1 < plan.peers < n_processes:
+        raise RuntimeError(
+            f"MTLOptimizer: tensor parallelism splits parameters over {plan.peers} of the "
+            f"{n_processes} processes, and their gradients are not averaged over the others; shard "
+            "them over the data with fully_shard on a two-dimensional mesh, or pass the group of "
+            "one copy as `process_group`."
         )
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.pool import Pool
-from distributed.training import Net, batch, largest_gap, losses_of, part_of, place, train
+from distributed.training import (
+    Net,
+    batch,
+    largest_gap,
+    losses_of,
+    part_of,
+    place,
+    tensor_parallel,
+    train,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from gradbal import MTLOptimizer
@@ -186,3 +196,24 @@ def refused(what: str) -> str:
 def test_what_cannot_be_is_said_in_all_processes(what: str, words: str, two: Pool) -> None:
     for message in two(refused, what):
         assert words in message, message
+
+
+def split_over_some(rule: str) -> str:
+    model = Net().double()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    tensor_parallel(model, mesh["tensor"])
+    opt = MTLOptimizer(torch.optim.SGD(list(model.parameters()), lr=0.1), rule)
+    data = part_of(batch(0, 16, torch.float64), how="fsdp_tp")
+    try:
+        opt.step(losses_of(model(data["x"], data["i"]), data))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("rule", ["ew", "upgrad"])
+def test_parameters_split_over_some_processes_need_shards_over_the_others(
+    rule: str, four: Pool
+) -> None:
+    for message in four(split_over_some, rule):
+        assert "tensor parallelism splits parameters over 2 of the 4 processes" in message
