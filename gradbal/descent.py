@@ -21,6 +21,7 @@ from gradbal.pending import Rows as PendingRows
 from gradbal.pieces import Piece
 from gradbal.planner import Planner
 from gradbal.representation import boundary, represented
+from gradbal.sharded import check_arrived
 from gradbal.sinks import Further, GramOnly, Keep, Represented, Streamed
 from gradbal.task_gradients import AnySink, TaskGradients
 from gradbal.work import entries_at
@@ -320,6 +321,7 @@ class Descent:
         at_cut = {n - len(self.params): value for n, value in values.items()}
         with replaced(plan.cut, at_cut):
             found = harvest(self.params, plan.roots, seeds, retain_graph=retain_graph)
+        check_arrived(found, self.params)
         return self.processes.average(found)
 
     def _collected(

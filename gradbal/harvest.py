@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradbal.losses import Batch
 from gradbal.pending import Rows
-from gradbal.sharded import check_placed, own_part
+from gradbal.sharded import check_arrived, check_placed, own_part
 
 
 def harvest(
@@ -65,6 +65,7 @@ def harvest_rows(
         grads = harvest(params, [loss], [seed], retain_graph=retain_graph or task != last)
         for number, grad in grads.items():
             rows.setdefault(number, {})[task] = grad
+    check_arrived(rows, params)
     return rows
 
 
