@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from gradbal.graph import Plan
 from gradbal.losses import Batch
 from gradbal.pending import Rows
-from gradbal.sharded import check_placed, own_part
+from gradbal.sharded import check_arrived, check_placed, own_part
 
 
 def harvest(
@@ -66,6 +66,7 @@ def harvest_rows(
         grads = harvest(params, [loss], [seed], retain_graph=retain_graph or task != last)
         for number, grad in grads.items():
             rows.setdefault(number, {})[task] = grad
+    check_arrived(rows, params)
     return rows
 
 
@@ -119,4 +120,6 @@ def pull_whole(
         pairs = zip(ones, seeds, weights.tolist(), strict=True)
         seeds = [one * w if seed is None else seed * w for one, seed, w in pairs]
     with replaced(plan.cut, values):
-        return harvest(params, plan.roots, seeds, retain_graph=retain_graph)
+        found = harvest(params, plan.roots, seeds, retain_graph=retain_graph)
+    check_arrived(found, params)
+    return found

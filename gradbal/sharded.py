@@ -1,6 +1,6 @@
 """Parameters that are spread over processes: what each holds, and how gradients fit in."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -66,6 +66,25 @@ def check_placed(params: Sequence[Any]) -> None:
                 "module, where fully_shard adds gradients up wrongly; compute that term inside "
                 "the module's forward, or use weight decay."
             )
+
+
+def check_arrived(found: Collection[int], params: Sequence[Tensor]) -> None:
+    """Raise if a pass left no gradient in any sharded parameter: ``fully_shard`` keeps them back.
+
+    Args:
+        found: Numbers of the parameters that have got one.
+        params: All parameters.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    shards = [n for n, param in enumerate(params) if param.requires_grad and is_sharded(param)]
+    if shards and not any(number in found for number in shards):
+        raise RuntimeError(
+            "MTLOptimizer: a backward pass left no gradient in any sharded parameter; fully_shard "
+            "holds them back after set_requires_gradient_sync(False), so keep it True (Accelerate "
+            "does in GradientAccumulationPlugin(num_steps, sync_each_batch=True))."
+        )
 
 
 def placed_like(grad: Tensor, param: Any) -> Tensor:

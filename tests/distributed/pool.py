@@ -23,7 +23,8 @@ def free_port() -> int:
 
 def connect(rank: int, size: int, port: int, timeout: float) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(number) for name, number in places.items()})  # as torchrun does
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
