@@ -33,6 +33,7 @@ from gradbal.probe import probe
 from gradbal.reading import Reader
 from gradbal.record import StepRecord
 from gradbal.rule import Closure, LossRule
+from gradbal.sharded import check_arrived, check_placed
 from gradbal.survey import Survey, survey_losses
 
 
@@ -201,6 +202,10 @@ class Flow:
             finite = pass_once(
                 params, batch, weights, scale, call, self.processes, only_ours=only_ours
             )
+            if self.core.shards:
+                check_placed(params)
+                found = [n for n, param in enumerate(params) if param.grad is not None]
+                check_arrived(found, params)
         if finite:
             self._commit(decision, batch.tasks, seen, call)
         else:  # the scaler will leave the step out

@@ -1,5 +1,7 @@
 """What comes in: losses of this process, and which processes there are."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -59,9 +61,9 @@ class Reader:
         self.descent.planner.seed = mix(core.seed, core.solved)
         if call is None:
             self._refresh()
-            batch = ALONE.meet(core, losses, None, "", None)
+            batch = ALONE.meet(core, losses, None, str, None)
         else:
-            point, aux = self._point(call), call.aux_batch
+            point, aux = partial(self._point, call), call.aux_batch
             batch = self.connect().meet(core, losses, call.counts, point, aux)
             core.n_processes = self.processes.size
         if not batch.tasks:
@@ -88,7 +90,7 @@ class Reader:
             with torch.enable_grad(), processes.telling(core):
                 losses = more() if callable(more) else more
             even = processes.even
-            other = processes.meet(core, losses, call.counts, self._point(call), None)
+            other = processes.meet(core, losses, call.counts, partial(self._point, call), None)
             processes.even = processes.even and even
             found.append(other)
             if other.tasks != batch.tasks:

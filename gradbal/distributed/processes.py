@@ -64,7 +64,12 @@ class Processes:
         return NoExchange()
 
     def meet(
-        self, core: Names, losses: Losses, counts: Counts | None, point: str, aux: Batch | None
+        self,
+        core: Names,
+        losses: Losses,
+        counts: Counts | None,
+        point: Callable[[], str],
+        aux: Batch | None,
     ) -> Batch:
         """Read the losses, and learn which tasks there are in all processes.
 
@@ -72,7 +77,7 @@ class Processes:
             core: Knows the tasks.
             losses: As the user gave them.
             counts: Samples behind each loss in this process; None for equally many.
-            point: Where in the training this process is; must be the same everywhere.
+            point: Says where in the training this process is; must be the same everywhere.
             aux: Auxiliary losses.
 
         Returns:

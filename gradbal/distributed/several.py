@@ -75,9 +75,15 @@ class Several(Processes):
         return Columns(width, self.link.part(width), in_parts=True)
 
     def meet(
-        self, core: Names, losses: Losses, counts: Counts | None, point: str, aux: Batch | None
+        self,
+        core: Names,
+        losses: Losses,
+        counts: Counts | None,
+        point: Callable[[], str],
+        aux: Batch | None,
     ) -> Batch:
         self.link.mark()
+        here = point()
         error: Exception | None = None
         batch, given = Batch([], [], torch.empty(0), torch.empty(0)), {}
         while True:
@@ -93,7 +99,7 @@ class Several(Processes):
                     batch = read_batch(found, numbers)
             except (TypeError, ValueError) as caught:
                 error = caught
-            header = [1 if error else 2 if grown else 0, hashed(point), 0 if counts is None else 1]
+            header = [1 if error else 2 if grown else 0, hashed(here), 0 if counts is None else 1]
             header += [aux is not None, *samples_of(batch, given, len(core.names))]
             table = self.link.table(torch.tensor(header, dtype=torch.float64))
             if (table[:, 0] == 1).any():
@@ -101,7 +107,7 @@ class Several(Processes):
             if (table[:, 0] == 2).any():
                 self._grow(core, grown)
                 continue
-            self._check_points(table, point)
+            self._check_points(table, here)
             return self._joined(batch, table[:, 4:], aux, table[:, 3])
 
     def _grow(self, core: Names, wanted: tuple[Sequence[str] | None, int] | None) -> None:
