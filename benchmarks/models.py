@@ -68,6 +68,9 @@ class SharedTrunk(nn.Module):
     def losses(self) -> list[Tensor]:
         return self.losses_of(self.features())
 
+    def forward(self) -> list[Tensor]:
+        return self.losses()
+
     def precision(self) -> torch.autocast:
         wanted = self.dtype != torch.float32
         return torch.autocast(self.inputs.device.type, self.dtype if wanted else None, wanted)

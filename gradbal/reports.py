@@ -139,15 +139,17 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         lines.append("Pass the losses of one batch to learn what is shared and what a step costs.")
         return "\n".join(lines)
     plan = descent.planner.plan(batch, core.sets, found=descent.planner.tag is None)
-    if descent.planner.chooser is not None:
+    if descent.planner.chooser is not None and not plan.sharded:
         descent.planner.choose(core, plan, whole=True)
         lines.append(explained(core.choice, plan))
     m = len(batch.tasks)
     if plan.sharded:
-        lines.append(
-            "The parameters are sharded by fully_shard, which hides from the graph which tasks use "
-            f"them. A step costs {m} ordinary passes, or {m} down to the representation and one."
-        )
+        common = sorted(descent.roles.shared(core.sets))
+        lines += [
+            "The parameters are sharded by fully_shard, which hides them from the graph; as far as "
+            f"the steps so far have shown, the tasks share {_count(descent, common)}.",
+            _cost(descent, rule, m, common, {}),
+        ]
         return "\n".join(lines)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
     beside = sorted(set(shared) - set(plan.trunk))
@@ -202,7 +204,7 @@ def _cost(
         )
     size = 0
     for number in shared:
-        param, layer = descent.params[number], products.get(number)
+        param, layer = descent.roles.held[number], products.get(number)
         kept = param.numel() if layer is None else sum(use.sizes.brought for use in layer.uses)
         size += kept * param.element_size()
     once = f", forms the gradients of {_count(descent, list(products))} once" if products else ""
