@@ -1,6 +1,6 @@
 """The plan: which parameters the tasks share, and where their graphs meet."""
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -123,14 +123,38 @@ def make_plan(
         apart=common <= region and not sinks,
         static=any(sink.ddp_weakref().static_graph for sink in sinks),
     )
-    position, sparse = {task: i for i, task in enumerate(tasks)}, walk.sparse_leaves()
+
+    def shares(number: int, reached: int) -> bool:
+        return several(reached | known.get(number, 0)) if shared is None else number in shared
+
+    _place_leaves(plan, walk, index, shares, region - entries)
+    return plan
+
+
+def _place_leaves(
+    plan: Plan,
+    walk: Walk,
+    index: Mapping[int, int],
+    shares: Callable[[int, int], bool],
+    below: set[Node],
+) -> None:
+    """Say of each parameter whether it is a task's own, above the cut or in the trunk.
+
+    Args:
+        plan: Where to note it.
+        walk: The graph.
+        index: Number of each parameter of the optimizer, by ``id``.
+        shares: Says whether a parameter is shared, given its number and the tasks that reach it.
+        below: The nodes below the cut.
+    """
+    position, sparse = {task: i for i, task in enumerate(plan.tasks)}, walk.sparse_leaves()
     for node in walk.order:
         if type(node) is not LEAF:
             continue
         variable = node.variable  # type: ignore[attr-defined]  # of AccumulateGrad
         if type(variable) is not Parameter and is_sharded(variable):
             plan.peers = max(plan.peers, variable.device_mesh.size())
-        plan.mixed |= node in common and (node not in region or node in entries)
+        plan.mixed |= node not in below and several(walk.tasks[node])
         number = index.get(id(variable))
         if number is None:
             plan.foreign += 1
@@ -138,16 +162,14 @@ def make_plan(
         reached = plan.reached[number] = walk.tasks[node]
         if node in sparse:
             plan.sparse.add(number)
-        ever = reached | known.get(number, 0)
-        is_shared = several(ever) if shared is None else number in shared
-        if is_shared and node in region and node not in entries:
+        is_shared = shares(number, reached)
+        if is_shared and node in below:
             plan.trunk.append(number)
         else:
             place = plan.above if is_shared else plan.own
-            plan.apart &= node not in region or node in entries
+            plan.apart &= node not in below
             for task in members(reached):
                 place[position[task]].append(number)
-    return plan
 
 
 def several(tasks: int) -> bool:
