@@ -1,33 +1,22 @@
 """One cell of the table: a model of one architecture, trained by one rule, and scored."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import process_time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from arch_zoo import (
-    CGC,
-    HPS,
-    MTAN,
-    PLE,
-    CrossStitch,
-    DSelectK,
-    LearningToBranch,
-    MMoE,
-    MultiTaskModel,
-)
-from benchmarks.problems import Factory, Problem, Split, Stages, Task, problem
+from arch_zoo import LearningToBranch, MultiTaskModel
+from benchmarks.problems import Problem, Split, Task, problem
 from gradbal import MTLOptimizer
+from gradbal.demo.architectures import PLAIN, build
 from gradbal.demo.contest import one_thread
 
 LEARNING_RATE = 3e-3  # of Adam, the same for every cell
 ALONE = "alone"  # stands for the architecture where a task is trained by itself
-
-Heads = dict[str, nn.Module]
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +25,7 @@ class Cell:
 
     Args:
         problem: One of ``problems.PROBLEMS``.
-        arch: One of ``ARCHS``, or ``ALONE``.
+        arch: One of ``gradbal.demo``'s, or ``ALONE``.
         rule: A registered rule; the task's name for a task alone.
         seed: Seed of the split, the weights at the start, the batches and the rule.
         epochs: Passes through the training examples.
@@ -93,29 +82,6 @@ class Record:
         return "; ".join(complaints)
 
 
-def above(stages: Stages) -> Factory:
-    """Return a factory of experts: the encoder without its stem."""
-    return lambda: nn.Sequential(stages[1](), stages[2]())
-
-
-ARCHS: dict[str, Callable[[Stages, Heads], MultiTaskModel]] = {
-    "HPS": lambda stages, heads: HPS(stages, heads),
-    "CrossStitch": lambda stages, heads: CrossStitch(stages, heads),
-    "MMoE": lambda stages, heads: MMoE(above(stages), heads, num_experts=3, stem=stages[0]),
-    "MTAN": lambda stages, heads: MTAN(stages, heads),
-    "CGC": lambda stages, heads: CGC(
-        above(stages), heads, num_shared=2, num_specific=1, stem=stages[0]
-    ),
-    "PLE": lambda stages, heads: PLE(
-        stages[1:], heads, num_shared=2, num_specific=1, stem=stages[0]
-    ),
-    "DSelectK": lambda stages, heads: DSelectK(
-        above(stages), heads, num_experts=3, k=2, entropy_weight=1e-2, stem=stages[0]
-    ),
-    "LearningToBranch": lambda stages, heads: LearningToBranch(stages, heads),
-}
-
-
 def train(cell: Cell) -> Record:
     """Train and score a cell, in one thread; leaves the global generator alone."""
     data = problem(cell.problem, cell.seed)
@@ -123,8 +89,8 @@ def train(cell: Cell) -> Record:
     tasks = {cell.rule: data.tasks[cell.rule]} if alone else data.tasks
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(cell.seed)
-        make = ARCHS["HPS" if alone else cell.arch]
-        model = make(data.stages, {name: data.head(name) for name in tasks})
+        heads = {name: data.head(name) for name in tasks}
+        model: Any = build(PLAIN if alone else cell.arch, data.stages, heads)
         model.initialize(data.train.x[:2])
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         losses, seconds = _fit(model, tasks, data, "ew" if alone else cell.rule, cell)

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from arch_zoo import HPS
-from benchmarks import problems, resume
+from benchmarks import options as opts
+from benchmarks import problems
 from benchmarks.cells import ALONE, batches, scores
 from benchmarks.frontier import EXACT, draw, frontier, table
 from benchmarks.mulan import mulan
 from benchmarks.problems import Problem, Task
-from benchmarks.tables import made_by
+from benchmarks.tables import PACKAGES
 from gradbal import MTLOptimizer, engines, make_rule, rule_names
+from gradbal.compare import resume
+from gradbal.compare.tables import made_by
 from gradbal.demo.contest import one_thread
 from gradbal.rule import GramRule
 
@@ -205,7 +208,7 @@ def render(
     known: Problems, records: Mapping[Cell, Record], options: argparse.Namespace, command: str
 ) -> str:
     """Write the tables, and draw a picture for each problem beside."""
-    parts = [f"# Cheap modes\n\n{made_by(command)}\n\n{explanation(options)}"]
+    parts = [f"# Cheap modes\n\n{made_by(command, *PACKAGES)}\n\n{explanation(options)}"]
     for name, make in known.items():
         some = [record for cell, record in records.items() if cell.problem == name]
         tasks = make(options.seeds[0]).tasks
@@ -266,10 +269,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=rules, default=["upgrad"], metavar="RULE")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), metavar="SEED")
-    parser.add_argument("--steps", type=resume.positive, default=400, help="default: %(default)s")
+    parser.add_argument("--steps", type=opts.positive, default=400, help="default: %(default)s")
     parser.add_argument("--mulan", type=Path, help="an ARFF file that takes the place of tumours")
     parser.add_argument("--targets", type=int, help="how many of its last columns are targets")
-    resume.add_options(parser, "cheap_modes")
+    opts.add_options(parser, "cheap_modes")
     options = parser.parse_args(arguments)
     if len(set(options.seeds)) < 2:
         parser.error("--seeds: an interval needs two different ones")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found also when this is run as a script
 
-from benchmarks import resume
-from benchmarks.cells import ARCHS, Cell, Record, cells_of, train
+from benchmarks import options as opts
+from benchmarks.cells import Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS
 from benchmarks.tables import heading, render
+from gradbal.compare import resume
+from gradbal.demo.architectures import ARCHITECTURES
 
 RULES = (
     *("ew", "uw", "gradnorm", "mgda", "dwa", "gls", "graddrop", "pcgrad", "gradvac", "imtl"),
@@ -24,7 +26,7 @@ RULES = (
 def run(
     cells: Sequence[Cell], path: Path, *, jobs: int = 1, quiet: bool = False
 ) -> tuple[dict[Cell, Record], dict[Cell, str]]:
-    """Train the cells that a file does not hold yet, as :func:`benchmarks.resume.run` does.
+    """Train the cells that a file does not hold yet, as :func:`gradbal.compare.resume.run` does.
 
     Returns:
         What came out, earlier runs included, and for every cell that failed the reason.
@@ -53,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.combinations", description=__doc__)
-    choices = {"problems": tuple(PROBLEMS), "archs": tuple(ARCHS), "rules": RULES}
+    choices = {"problems": tuple(PROBLEMS), "archs": tuple(ARCHITECTURES), "rules": RULES}
     for name, known in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--epochs", type=resume.positive, default=8, help="default: %(default)s")
-    resume.add_options(parser, "combinations")
+    parser.add_argument("--epochs", type=opts.positive, default=8, help="default: %(default)s")
+    opts.add_options(parser, "combinations")
     return parser.parse_args(arguments)
 
 

@@ -2,37 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
-
-from scipy import stats
 
 from benchmarks.cells import ALONE
 from benchmarks.problems import Task
-from benchmarks.tables import delta_m, markdown
+from benchmarks.tables import delta_m
+from gradbal.compare.intervals import Interval
+from gradbal.compare.tables import markdown
+from gradbal.plots import new_figure, tidy
 
 EXACT, PLAIN = "exact", "plain sum"
-
-
-class Interval(NamedTuple):
-    """A mean over seeds, and half the length of its 95 % interval."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        """Return Student's interval of at least two values."""
-        quantile = stats.t.ppf(0.975, len(values) - 1)
-        return cls(fmean(values), float(quantile * stdev(values) / len(values) ** 0.5))
-
-    @property
-    def clear(self) -> bool:
-        """Whether zero lies outside."""
-        return abs(self.mean) > self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
 
 
 class Point(NamedTuple):
@@ -104,11 +84,7 @@ def draw(frontiers: Mapping[str, Sequence[Point]], title: str, path: Path) -> No
         title: What stands above.
         path: Where to save the picture, as PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 8 * len(frontiers), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1 + 8 * len(frontiers), 5.5)
     panels = figure.subplots(1, len(frontiers), sharey=True, squeeze=False)[0]
     for panel, (rule, points) in zip(panels, frontiers.items(), strict=True):
         for point in points:
@@ -121,8 +97,7 @@ def draw(frontiers: Mapping[str, Sequence[Point]], title: str, path: Path) -> No
             place = {"xytext": (5, 4), "textcoords": "offset points", "rotation": 35}
             panel.annotate(mode, (time, level), **place)
         panel.set(title=f"{rule} on {title}", xlabel="time of a step over the plain summed loss")
-        panel.grid(visible=True, color="0.93")
         panel.margins(x=0.1)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     panels[0].set_ylabel("Delta_m %, lower is better; 95 % of the difference to exact")
     figure.savefig(path, dpi=120)

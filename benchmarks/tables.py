@@ -1,19 +1,15 @@
 """The table of all cells in Markdown, and its summaries."""
 
-import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date
 from statistics import fmean, median, stdev
-
-import sklearn
-import torch
 
 from benchmarks.cells import ALONE, Cell, Record
 from benchmarks.problems import Task, problem
+from gradbal.compare.tables import Line, made_by, markdown
+from gradbal.demo import report
 
 Records = Mapping[Cell, Record]
-Line = Sequence[str]
+PACKAGES = ("torch", "scikit-learn")
 
 
 def delta_m(
@@ -30,26 +26,15 @@ def delta_m(
         >>> delta_m({"a": 0.72, "b": 2.2}, {"a": 0.8, "b": 2.0}, {"a": Task(2), "b": Task()})
         10.0
     """
-    changes = []
-    for name, task in tasks.items():
-        change = 100 * (scores[name] - alone[name]) / alone[name]
-        changes.append(-change if task.higher else change)
-    return round(fmean(changes), 10)
-
-
-def made_by(command: str) -> str:
-    """Write how a table was made, and on what machine."""
-    versions = f"torch {torch.__version__}, scikit-learn {sklearn.__version__}"
-    return f"""\
-Made by `{command}` on {date.today()}: {os.cpu_count()} cores, CPU only ({platform.machine()}),
-Python {platform.python_version()}, {versions}."""
+    higher = {name: task.higher for name, task in tasks.items()}
+    return round(report.delta_m(scores, {name: alone[name] for name in tasks}, higher), 10)
 
 
 def heading(command: str) -> str:
     """Write what the table is, how it was made, and on what machine."""
     return f"""# Rules and architectures
 
-{made_by(command)}
+{made_by(command, *PACKAGES)}
 
 Scores are those of held-out examples after the last epoch; nothing was selected or tuned, and every
 cell had the same number of epochs, the same batches and the same learning rate. Delta_m is the mean
@@ -186,10 +171,3 @@ def _spread(values: Iterable[float], digits: int = 1) -> str:
         return "-"
     spread = f" ± {stdev(some):.{digits}f}" if len(some) > 1 else ""
     return f"{fmean(some):.{digits}f}{spread}"
-
-
-def markdown(lines: Sequence[Line]) -> str:
-    """Write a table; the first line is its head."""
-    head, *body = lines
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -15,6 +15,7 @@ from gradbal.aggregation import aggregate
 from gradbal.bench.report import Report
 from gradbal.bench.rules import further, rule_times
 from gradbal.bench.steps import Target
+from gradbal.compare import command
 from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
 from gradbal.demo.settings import Settings
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names with accents, on terminals without
-    parser, demo, bench = _parsers()
+    parser, demo, bench, compared = _parsers()
     given = parser.parse_args(argv)
     if given.command == "list":
         rows = claim_rows() if given.claims else rule_rows()
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _demo(demo, given)
     elif given.command == "bench":
         _bench(bench, given)
+    elif given.command == "compare":
+        _compare(compared, given, sys.argv[1:] if argv is None else argv)
     else:
         parser.print_help()
     return 0
@@ -63,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
 
 
-def _parsers() -> tuple[_Parser, _Parser, _Parser]:
+def _parsers() -> tuple[_Parser, ...]:
     parser = _Parser(prog="gradbal", description="Gradient balancing for several losses.")
     parser.add_argument("--version", action="version", version=f"gradbal {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -83,7 +86,10 @@ def _parsers() -> tuple[_Parser, _Parser, _Parser]:
     demo.add_argument(
         "--out", type=Path, default=default.out, help="folder for two pictures (%(default)s)"
     )
-    return parser, demo, _bench_parser(commands)
+    bench, what = _bench_parser(commands), "compare rules honestly with tuned fixed weights"
+    compared = commands.add_parser("compare", help=what, description=f"{what.capitalize()}.")
+    command.add_arguments(compared)
+    return parser, demo, bench, compared
 
 
 def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
@@ -140,6 +146,13 @@ def _bench(parser: _Parser, given: argparse.Namespace) -> None:
             print(plain_table(rule_times(rules, given.tasks)))
     except (TypeError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _compare(parser: _Parser, given: argparse.Namespace, words: Sequence[str]) -> None:
+    try:
+        print(command.compare(given, words))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
 
 
 def _names(text: str) -> list[str]:

@@ -17,9 +17,10 @@ from arch_zoo import HPS
 from benchmarks import cheap_modes
 from benchmarks.cells import ALONE
 from benchmarks.cheap_modes import Cell, Record, choose, train
-from benchmarks.frontier import EXACT, PLAIN, Interval, Point, frontier, table
+from benchmarks.frontier import EXACT, PLAIN, Point, frontier, table
 from benchmarks.mulan import mulan
 from benchmarks.problems import PROBLEMS, Task, divide
+from gradbal.compare.intervals import Interval
 from gradbal.engines import Representation
 
 KNOWN = {"tumours": cheap_modes.tumours, "digits": cheap_modes.digits}

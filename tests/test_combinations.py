@@ -12,11 +12,12 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import cells as training
 from benchmarks import combinations
-from benchmarks.cells import ALONE, ARCHS, Cell, Record, cells_of, train
+from benchmarks.cells import ALONE, Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS, Task, problem
-from benchmarks.resume import read_records
 from benchmarks.tables import delta_m, render
 from gradbal import rule_names
+from gradbal.compare.resume import read_records
+from gradbal.demo.architectures import ARCHITECTURES, build
 
 TASKS = ["diagnosis", "texture", "smoothness", "symmetry"]
 CELLS = cells_of(["tumours"], ["HPS", "DSelectK"], ["dwa", "upgrad"], [0], 3)
@@ -59,7 +60,7 @@ def killing(after: int) -> Callable[[Cell], Record]:
 
 
 def test_what_there_is_to_combine() -> None:
-    assert len(combinations.RULES) * len(ARCHS) == 120
+    assert len(combinations.RULES) * len(ARCHITECTURES) == 120
     assert set(combinations.RULES) <= set(rule_names())
     options = combinations.parse([])
     assert list(options.problems) == list(PROBLEMS)
@@ -94,11 +95,11 @@ def test_cells_train(whole: dict[Cell, Record]) -> None:
         assert record.params > 0
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_fits_both_problems(arch: str) -> None:
     for name in PROBLEMS:
         data = problem(name, 0)
-        model = ARCHS[arch](data.stages, {task: data.head(task) for task in data.tasks})
+        model = build(arch, data.stages, {task: data.head(task) for task in data.tasks})
         outputs = model.initialize(data.train.x[:2])(data.train.x[:4])
         for task, output in outputs.items():
             loss = data.tasks[task].loss(output, data.train.y[task][:4])

@@ -1,5 +1,6 @@
 """What users may set, checked before anything is computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,18 +42,11 @@ class Settings:
     out: Path = Path("gradbal-demo")
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise ValueError(f"{OWNER}: `rules` must name at least one rule.")
-        for name in self.rules:
-            if name not in RULES:
-                raise ValueError(
-                    f"{OWNER}: unknown rule {name!r}.{did_you_mean(name, RULES)} "
-                    "`gradbal list` shows all of them."
-                )
+        check_rules(OWNER, self.rules)
         checks.one_of(OWNER, tuple(ARCHITECTURES), arch=self.arch)
         checks.at_least(OWNER, 1, epochs=self.epochs)
         checks.between(OWNER, 0, 2**32 - 1, seed=self.seed)
-        _check_device(self.device)
+        check_device(OWNER, self.device)
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -70,19 +64,37 @@ class Settings:
             raise ValueError(
                 f'{OWNER}: needs {" and ".join(missing)}; run `pip install "gradbal[demo]"`.'
             )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        new_folder(OWNER, self.out)
+
+
+def check_rules(owner: str, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless there are rules, and all are registered."""
+    if not names:
+        raise ValueError(f"{owner}: `rules` must name at least one rule.")
+    for name in names:
+        if name not in RULES:
             raise ValueError(
-                f"{OWNER}: `out` must be a folder that can be written, got {str(self.out)!r} "
-                f"({error.strerror})."
-            ) from None
+                f"{owner}: unknown rule {name!r}.{did_you_mean(name, RULES)} "
+                "`gradbal list` shows all of them."
+            )
 
 
-def _check_device(device: str) -> None:
+def check_device(owner: str, device: str) -> None:
+    """Raise ``ValueError`` unless torch can compute there."""
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError):  # unknown, not built in, or not plugged in
         raise ValueError(
-            f"{OWNER}: `device` must be one that torch can compute on here, got {device!r}."
+            f"{owner}: `device` must be one that torch can compute on here, got {device!r}."
+        ) from None
+
+
+def new_folder(owner: str, path: Path) -> None:
+    """Make a folder if need be; raise ``ValueError`` where there cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{owner}: `out` must be a folder that can be written, got {str(path)!r} "
+            f"({error.strerror})."
         ) from None

@@ -1,21 +1,19 @@
 """Cells trained in several processes, each kept as a line of a file as soon as it is finished."""
 
-import argparse
 import json
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 C = TypeVar("C", bound=Hashable)  # what is trained; `str` names it
 R = TypeVar("R", bound=Any)  # a dataclass with the field `cell`, and the class method `read`
@@ -78,11 +76,12 @@ def run(
     done = len(cells) - len(missing)
     with (
         path.open("a") as file,
-        tqdm(total=len(cells), initial=done, unit="cell", disable=quiet) as bar,
+        _progress(len(cells), done, quiet) as bar,
     ):
         for cell, result in _trained(missing, train, jobs):
-            bar.set_postfix_str(str(cell), refresh=False)
-            bar.update()
+            if bar is not None:
+                bar.set_postfix_str(str(cell), refresh=False)
+                bar.update()
             if isinstance(result, kind):
                 records[cell] = result
                 file.write(_line(result))
@@ -92,28 +91,13 @@ def run(
     return {cell: records[cell] for cell in cells if cell in records}, failures
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add what all commands take that train cells."""
-    parser.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
-    parser.add_argument(
-        "--out",
-        type=_lines,
-        default=Path(f"benchmarks/results/{name}.jsonl"),
-        help="finished cells, kept for the next run (default: %(default)s); the table goes beside",
-    )
+def _progress(total: int, done: int, quiet: bool) -> Any:  # tqdm's bar
+    """Return a bar, or nothing where it is not wanted or not installed."""
+    if quiet or find_spec("tqdm") is None:
+        return nullcontext()
+    from tqdm import tqdm
 
-
-def positive(text: str) -> int:
-    """Read a number of at least one."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
-    return number
-
-
-def _lines(text: str) -> Path:
-    if not text.endswith(".jsonl"):
-        raise argparse.ArgumentTypeError(f"must end in .jsonl, got {text}; the table goes beside")
-    return Path(text)
+    return tqdm(total=total, initial=done, unit="cell")
 
 
 def _trained(cells: Sequence[C], train: Callable[[C], R], jobs: int) -> Iterator[tuple[C, R | str]]:
