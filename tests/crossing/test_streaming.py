@@ -112,7 +112,7 @@ def test_pieces_are_as_small_as_asked(
 def test_the_trunk_is_cut_where_it_is_narrow() -> None:
     model, width = Deep(4), 8
     flow = wrapped(model, "upgrad")._flow
-    found = flow.descent.planner.plan(flow.read(model.losses()), {})
+    found = flow.descent.planner.plan(flow.reader.read(model.losses()), {})
     sizes = {number: flow.descent.params[number].numel() for number in found.trunk}
     pieces = split(found.cut, flow.descent.roles.index, sizes, 2 * (width * width + width))
     assert sorted(n for piece in pieces for n in piece.params) == sorted(found.trunk)
