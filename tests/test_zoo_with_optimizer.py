@@ -7,10 +7,9 @@ last nodes of LearningToBranch. So `Representation()` works there, too. It finds
 where the tasks have inputs of their own; where they share nothing it is plain training.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +19,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from arch_zoo import CrossStitch, DSelectK, MultiTaskModel
 from gradbal import aggregate, engines
+from gradbal.demo import architectures
+from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.graph import Plan, make_plan, members
-
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.cells import ARCHS, above
 
 WITH_CUT = ("HPS", "MMoE", "MTAN", "CGC", "DSelectK")
 
@@ -41,8 +39,8 @@ PICTURES = tuple(
 )
 KINDS = {"vectors": (VECTORS, (3,), 6), "pictures": (PICTURES, (3, 5, 7), 6 * 2 * 2)}
 
-each = pytest.mark.parametrize("name", ARCHS)
-every = pytest.mark.parametrize(("name", "kind"), [(n, k) for n in ARCHS for k in KINDS])
+each = pytest.mark.parametrize("name", ARCHITECTURES)
+every = pytest.mark.parametrize(("name", "kind"), [(n, k) for n in ARCHITECTURES for k in KINDS])
 
 
 def batch(kind: str = "vectors", seed: int = 0) -> Tensor:
@@ -55,7 +53,8 @@ def heads(kind: str = "vectors") -> dict[str, nn.Module]:
 
 def build(name: str, kind: str = "vectors") -> MultiTaskModel:
     torch.manual_seed(0)
-    model = ARCHS[name](KINDS[kind][0], heads(kind)).initialize(batch(kind).float()).double()
+    model: Any = architectures.build(name, KINDS[kind][0], heads(kind))
+    model = model.initialize(batch(kind).float()).double()
     with torch.no_grad():  # gates, stitches and choices leave the even start
         for number, parameter in enumerate(model.parameters()):
             parameter += 0.2 * data(*parameter.shape, seed=number)
@@ -167,7 +166,7 @@ def selecting() -> DSelectK:
     """Return a model whose auxiliary losses are the entropies of its gates."""
     torch.manual_seed(0)
     options = {"num_experts": 4, "k": 2, "entropy_weight": 1.0, "leak_weight": 0.0}
-    model = DSelectK(above(VECTORS), heads(), stem=VECTORS[0], **options)
+    model = DSelectK(architectures._upper(VECTORS), heads(), stem=VECTORS[0], **options)
     return model.initialize(batch().float()).double()
 
 
