@@ -166,7 +166,7 @@ def selecting() -> DSelectK:
     """Return a model whose auxiliary losses are the entropies of its gates."""
     torch.manual_seed(0)
     options = {"num_experts": 4, "k": 2, "entropy_weight": 1.0, "leak_weight": 0.0}
-    model = DSelectK(architectures._upper(VECTORS), heads(), stem=VECTORS[0], **options)
+    model = DSelectK(architectures.upper(VECTORS), heads(), stem=VECTORS[0], **options)
     return model.initialize(batch().float()).double()
 
 

@@ -15,7 +15,7 @@ Stages = tuple[Callable[[], nn.Module], ...]
 Build = Callable[[Any, Stages, Mapping[str, nn.Module]], nn.Module]  # from the package arch_zoo
 
 
-def _upper(stages: Stages) -> Callable[[], nn.Module]:
+def upper(stages: Stages) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*(stage() for stage in stages[1:]))
 
 
@@ -23,17 +23,17 @@ ARCHITECTURES: dict[str, Build] = {
     PLAIN: lambda zoo, stages, heads: zoo.HPS(stages, heads),
     "CrossStitch": lambda zoo, stages, heads: zoo.CrossStitch(stages, heads),
     "MMoE": lambda zoo, stages, heads: zoo.MMoE(
-        _upper(stages), heads, num_experts=3, stem=stages[0]
+        upper(stages), heads, num_experts=3, stem=stages[0]
     ),
     "MTAN": lambda zoo, stages, heads: zoo.MTAN(stages, heads),
     "CGC": lambda zoo, stages, heads: zoo.CGC(
-        _upper(stages), heads, num_shared=2, num_specific=1, stem=stages[0]
+        upper(stages), heads, num_shared=2, num_specific=1, stem=stages[0]
     ),
     "PLE": lambda zoo, stages, heads: zoo.PLE(
         stages[1:], heads, num_shared=2, num_specific=1, stem=stages[0]
     ),
     "DSelectK": lambda zoo, stages, heads: zoo.DSelectK(
-        _upper(stages), heads, num_experts=3, k=2, entropy_weight=1e-2, stem=stages[0]
+        upper(stages), heads, num_experts=3, k=2, entropy_weight=1e-2, stem=stages[0]
     ),
     "LearningToBranch": lambda zoo, stages, heads: zoo.LearningToBranch(stages, heads),
 }
