@@ -16,6 +16,7 @@ Build = Callable[[Any, Stages, Mapping[str, nn.Module]], nn.Module]  # from the 
 
 
 def upper(stages: Stages) -> Callable[[], nn.Module]:
+    """Return what makes all stages but the first, as one module."""
     return lambda: nn.Sequential(*(stage() for stage in stages[1:]))
 
 
