@@ -68,14 +68,17 @@ def aux_gradients(
     """Return the gradient of the summed auxiliary losses, by parameter."""
     if batch is None:
         return {}
+    # the tasks' graphs may be the same
+    return _gradients([batch.joined], [batch.seed(scale)], params, retain_graph=True)
+
+
+def _gradients(
+    tops: Sequence[Tensor], seeds: Sequence[Tensor], params: Sequence[Tensor], *, retain_graph: bool
+) -> dict[int, Tensor]:
+    """Return what this process holds of each parameter's gradient; ``.grad`` is left alone."""
     numbers = [n for n, param in enumerate(params) if param.requires_grad]
-    grads = torch.autograd.grad(
-        [batch.joined],
-        [params[n] for n in numbers],
-        [batch.seed(scale)],
-        retain_graph=True,  # the tasks' graphs may be the same
-        allow_unused=True,
-    )
+    inputs = [params[n] for n in numbers]
+    grads = torch.autograd.grad(tops, inputs, seeds, retain_graph, allow_unused=True)
     pairs = zip(numbers, grads, strict=True)
     return {n: own_part(grad, params[n]) for n, grad in pairs if grad is not None}
 
@@ -172,10 +175,7 @@ def pass_once(
             )
         processes.complete()
     else:  # others might wait for what does not reach them from here
-        grads = torch.autograd.grad(tops, inputs, seeds, retain, allow_unused=True)
-        pairs = zip(inputs, grads, strict=True)
-        here = {id(param): grad for param, grad in pairs if grad is not None}
-        found = {n: here[id(param)] for n, param in enumerate(params) if id(param) in here}
+        found = _gradients(tops, seeds, params, retain_graph=retain)
         for number, grad in processes.average(found).items():
             old = params[number].grad
             params[number].grad = grad if old is None else added(old, grad)

@@ -112,7 +112,7 @@ class Planner:
                 shared=self.roles.named,
                 tag=tag,
             )
-        plan.foreign -= min(plan.foreign, batch.n_elsewhere)  # a placeholder is a leaf
+        plan.foreign -= min(plan.foreign, batch.n_elsewhere)  # a leaf stands for each
         if plan.foreign and self.roles.shards - plan.reached.keys() == self.roles.shards > set():
             own: list[list[int]] = [[] for _ in plan.roots]
             plan = replace(plan, sharded=True, foreign=0, own=own, above=own, trunk=[])
