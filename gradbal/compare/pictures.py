@@ -1,7 +1,7 @@
 """The pictures of a comparison; marks and names differ, so grey paper will do."""
 
 from collections.abc import Mapping
-from itertools import cycle
+from itertools import product
 from typing import Any
 
 from gradbal.compare.intervals import Interval
@@ -9,6 +9,9 @@ from gradbal.compare.problem import Task
 from gradbal.compare.rows import Row, Standing
 from gradbal.compare.summary import Scores
 from gradbal.plots import MARKS, new_figure, tidy
+
+LOOKS = [{"marker": mark, "mfc": fill} for fill, mark in product(("none", "black", "0.7"), MARKS)]
+BARS = {"ecolor": "0.6", "elinewidth": 0.6}  # intervals step back behind the means
 
 
 def front(standing: Standing, tasks: Mapping[str, Task], alone: Mapping[int, Scores]) -> Any:
@@ -39,10 +42,9 @@ def front(standing: Standing, tasks: Mapping[str, Task], alone: Mapping[int, Sco
     for row, x, y in zip(weighted, *line, strict=True):
         panel.annotate(f"{_share(row):.2g}", (x, y), xytext=(4, 4), textcoords="offset points")
     rules = [row for row in standing.pool if not row.method.fixed]
-    for row, mark in zip(rules, cycle(MARKS), strict=False):
+    for row, look in zip(rules, LOOKS, strict=False):
         (x, dx), (y, dy) = places[id(row)]
-        panel.errorbar(x, y, dy, dx, mark, color="black", mfc="none", elinewidth=0.5)
-        panel.lines[-1].set_label(row.method.rule)
+        panel.errorbar(x, y, dy, dx, color="black", label=row.method.rule, **look, **BARS)
     panel.axvline(0, color="0.8", linestyle="--", zorder=0)
     panel.axhline(0, color="0.8", linestyle="--", zorder=0)
     labels = [f"{task} {name}, % worse than alone" for task, name in axes]
@@ -63,24 +65,24 @@ def quality_and_time(standings: Mapping[str, Standing]) -> Any:
         standings: All methods, by architecture.
 
     Returns:
-        The matplotlib figure.
+        The matplotlib figure, a panel for each architecture.
     """
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = new_figure(8, 5)
-    panel = figure.subplots()
-    for (arch, standing), mark in zip(standings.items(), cycle(MARKS), strict=False):
-        for i, (row, seconds) in enumerate(standing.times()):
+    figure = new_figure(2 + 6 * len(standings), 5)
+    panels = figure.subplots(1, len(standings), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, (arch, standing) in zip(panels, standings.items(), strict=True):
+        for row, seconds in standing.times():
             mean, half = Interval.of([*row.changes.values()])
-            panel.errorbar(seconds, mean, half, fmt=mark, color="black", mfc="none", elinewidth=0.6)
-            panel.lines[-1].set_label(None if i else arch)
+            panel.errorbar(seconds, mean, half, marker="o", color="black", mfc="none", **BARS)
             name = "best fixed" if row is standing.best else row.method.rule
             panel.annotate(name, (seconds, mean), xytext=(5, 4), textcoords="offset points")
-    panel.axhline(0, color="0.6", linestyle="--")
-    panel.set(xscale="log", xlabel="seconds of training until the best epoch, validation left out")
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_ylabel("Delta_m % on test, lower is better; dashed: tasks alone")
-    tidy(panel)
-    figure.legend(loc="outside lower center", ncols=5)
+        panel.axhline(0, color="0.6", linestyle="--")
+        panel.set(xscale="log", title=arch)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        tidy(panel)
+    figure.supxlabel("seconds of training until the best epoch, validation left out")
+    figure.supylabel("Delta_m % on test, lower is better; dashed: tasks alone")
     return figure

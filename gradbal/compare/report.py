@@ -103,6 +103,11 @@ class Report:
         parts = [f"# {self.settings.subject}", markdown(self.lines(costs=costs)), self._notes()]
         for arch, standing in self.standings.items():
             parts.append(f"{arch}: {_verdict(standing)}")
+        if at_an_end := self._at_an_end():
+            parts.append(
+                "Best at an end of the learning rates tried, so another might be better still: "
+                f"{', '.join(at_an_end)}."
+            )
         if self.outcome.failures:
             failed = [f"- {name}: {why}" for name, why in self.outcome.failures.items()]
             parts.append("\n".join(["Failed:", "", *failed]))
@@ -122,6 +127,15 @@ Delta_p the mean gain over the tasks (higher is better). Ranks are among the row
 architecture. `less best fixed` is Delta_m less that of the best fixed weights, seed by seed, with
 the chance p of Student's paired test. It is bold where p, after Holm's correction for all rows
 of the architecture, is below {LEVEL}; all else is inside the noise."""
+
+    def _at_an_end(self) -> list[str]:
+        """Name those whose learning rate is the lowest or highest of several."""
+        named = {f"{method.rule} alone": t for method, t in self.outcome.alone.items()}
+        for arch, standing in self.standings.items():
+            named |= {f"{arch} {_name(row.method)}": row.trained for row in standing.pool}
+        lrs = self.settings.lrs
+        ends = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
+        return [name for name, trained in named.items() if trained.lr in ends]
 
     def save(self, command: str) -> list[Path]:
         """Write everything into the output folder.

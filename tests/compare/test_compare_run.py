@@ -337,6 +337,16 @@ def test_the_verdict_names_who_is_better() -> None:
     assert "no rule is clearly better than the best fixed weights" in same
 
 
+def test_learning_rates_at_an_end_of_the_grid_are_told() -> None:
+    """All were best at 0.1: an end of the first grid, in the middle of the second, alone in the
+    third."""
+    data, found = two_sums(0), outcome()
+    grids = [(0.1, 0.3), (0.03, 0.1, 0.3), (0.1,)]
+    told = [Report(replace(settings(Path()), lrs=lrs), data, found)._at_an_end() for lrs in grids]
+    fixed = "HPS fixed 0.5 1.5"
+    assert told == [["a alone", "b alone", "HPS ew", "HPS upgrad", fixed], [], []]
+
+
 def test_many_figures_share_columns() -> None:
     data = two_sums(0)
     task = data.tasks["a"]
