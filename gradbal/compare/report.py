@@ -57,10 +57,10 @@ class Report:
         return [head, *lines]
 
     def _line(self, row: Row, standing: Standing) -> list[str]:
-        changes, gains = (Interval.of([*d.values()]) for d in (row.changes, row.gains))
+        changes, gains = (Interval.of([*d.values()]).shown(".2f") for d in (row.changes, row.gains))
         less, p = "", ""
         if row.paired is not None:
-            less = row.paired.less.shown("+.1f")
+            less = row.paired.less.shown("+.2f")
             p = "" if isnan(row.paired.p) else f"{row.paired.p:.2g}"
             less = f"**{less}**" if row.clear else less
         runs = row.trained.runs
@@ -71,8 +71,8 @@ class Report:
             f"{row.trained.lr:g}",
             str(runs),
             *self._figures([*row.tests.values()]),
-            str(changes),
-            str(gains),
+            changes,
+            gains,
             f"{row.rank:.1f}",
             less,
             p,

@@ -322,10 +322,10 @@ def test_differences_are_bold_only_outside_the_noise() -> None:
     assert noisy["fixed 0.5 1.5 (best fixed)"]["less best fixed"] == ""
     assert noisy["fixed 0.5 1.5 (best fixed)"]["runs"] == "6"  # two for each fixed weights
     assert noisy["upgrad"]["runs"] == "2"
-    assert noisy["upgrad"]["less best fixed"] == "-5.0 ± 74.1"
-    assert noisy["ew"]["less best fixed"] == "**+15.0 ± 9.2**"
-    assert noisy["ew"]["Delta_m %"] == "15.0 ± 9.2"
-    assert noisy["ew"]["Delta_p %"] == "-15.0 ± 9.2"
+    assert noisy["upgrad"]["less best fixed"] == "-5.00 ± 74.07"
+    assert noisy["ew"]["less best fixed"] == "**+15.00 ± 9.19**"
+    assert noisy["ew"]["Delta_m %"] == "15.00 ± 9.19"
+    assert noisy["ew"]["Delta_p %"] == "-15.00 ± 9.19"
     assert [row["mean rank"] for row in noisy.values()] == ["", "3.0", "1.0", "2.0"]
 
 
