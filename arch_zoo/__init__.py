@@ -5,6 +5,7 @@ outputs by task, and it says of every parameter which tasks reach it. Axes are
 (batch, channels, positions ...) or, when there are three, (batch, tokens, channels).
 """
 
+from arch_zoo.automtl import AutoMTL as AutoMTL
 from arch_zoo.cgc import CGC as CGC
 from arch_zoo.cross_stitch import CrossStitch as CrossStitch
 from arch_zoo.dselect_k import DSelectK as DSelectK

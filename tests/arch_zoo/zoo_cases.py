@@ -11,6 +11,7 @@ from arch_zoo import (
     HPS,
     MTAN,
     PLE,
+    AutoMTL,
     CrossStitch,
     DSelectK,
     ExpertBank,
@@ -115,7 +116,20 @@ CASES: dict[str, Callable[[Kit], MultiTaskModel]] = {
         kit.factories(2), kit.heads(), nodes_per_stage=[2, 3], hard=False
     ),
     "LearningToBranch lowered": lambda kit: lowered(kit),
+    "AutoMTL": lambda kit: automtl(kit),
+    "AutoMTL lowered": lambda kit: automtl(kit).lower(
+        {
+            "a": torch.eye(3)[[0, 0, 2]],
+            "b": torch.eye(3)[[0, 0, 1]],
+            "c": torch.eye(3)[[0, 1, 0]],
+        }
+    ),
 }
+
+
+def automtl(kit: Kit) -> AutoMTL:
+    stages = [stage() for stage in kit.factories(3)]
+    return AutoMTL(stages, kit.heads(), kit.x())
 
 
 def lowered(kit: Kit) -> MultiTaskModel:
