@@ -4,13 +4,15 @@ import argparse
 from pathlib import Path
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, name: str, folder: str = "benchmarks/results"
+) -> None:
     """Add what all commands take that train cells."""
     parser.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
     parser.add_argument(
         "--out",
         type=_lines,
-        default=Path(f"benchmarks/results/{name}.jsonl"),
+        default=Path(f"{folder}/{name}.jsonl"),
         help="finished cells, kept for the next run (default: %(default)s); the table goes beside",
     )
 

@@ -16,9 +16,8 @@ from gradbal.bench.report import Report
 from gradbal.bench.rules import further, rule_times
 from gradbal.bench.steps import Target
 from gradbal.compare import command
-from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.report import NOTES
-from gradbal.demo.settings import Settings
+from gradbal.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings
 from gradbal.engines import PRESETS, make_engine
 from gradbal.registry import RULES, Entry, make_rule
 from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
@@ -76,9 +75,9 @@ def _parsers() -> tuple[_Parser, ...]:
     what = "train a small network on two-digit pictures under several rules"
     demo = commands.add_parser("demo", help=what, description=f"{what.capitalize()}.")
     default = Settings()
-    several = ",".join(default.rules)
-    demo.add_argument("--rules", default=several, help=f"names with commas between ({several})")
-    archs = ", ".join(ARCHITECTURES)
+    usual = f"{','.join(default.rules)}; with {SEARCH} {','.join(SEARCH_RULES)}"
+    demo.add_argument("--rules", help=f"names with commas between ({usual})")
+    archs = ", ".join(ARCHS)
     demo.add_argument("--arch", default=default.arch, help=f"one of {archs} (%(default)s)")
     demo.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
     demo.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
@@ -114,11 +113,10 @@ def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
 
 
 def _demo(parser: _Parser, given: argparse.Namespace) -> None:
-    from gradbal.demo import run
-
+    usual = SEARCH_RULES if given.arch == SEARCH else Settings.rules
     try:
         settings = Settings(
-            rules=tuple(_names(given.rules)),
+            rules=usual if given.rules is None else tuple(_names(given.rules)),
             arch=given.arch,
             epochs=given.epochs,
             seed=given.seed,
@@ -128,9 +126,24 @@ def _demo(parser: _Parser, given: argparse.Namespace) -> None:
         settings.prepare()
     except ValueError as error:
         parser.exit(2, f"{error}\n")
+    if settings.arch == SEARCH:
+        _demo_search(settings)
+        return
+    from gradbal.demo import run
+
     report = run(settings)
     print(plain_table(report.rows()), NOTES, sep="\n\n")
     print("Pictures:", *report.files)
+
+
+def _demo_search(settings: Settings) -> None:
+    from gradbal.demo import automtl
+
+    found = automtl.run(settings)
+    for rule in found.policies:
+        print(f"The policy under {rule}\n", plain_table(found.policy_rows(rule)), "", sep="\n")
+    print(plain_table(found.rows()), automtl.NOTES, sep="\n\n")
+    print("Pictures:", *found.files)
 
 
 def _bench(parser: _Parser, given: argparse.Namespace) -> None:

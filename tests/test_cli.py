@@ -13,7 +13,7 @@ from torch import Tensor
 import gradbal.demo
 from gradbal import make_rule, registry, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
-from gradbal.demo import settings
+from gradbal.demo import automtl, settings
 from gradbal.registry import RULES
 from gradbal.rule import GradientRule, GramRule, LossRule, Rule
 
@@ -32,7 +32,7 @@ BAD = {
     "unknown architecture": (
         ["demo", "--arch", "XNet"],
         "gradbal demo: `arch` must be one of 'HPS', 'CrossStitch', 'MMoE', 'MTAN', 'CGC', 'PLE', "
-        "'DSelectK', 'LearningToBranch', got 'XNet'.\n",
+        "'DSelectK', 'LearningToBranch', 'automtl', got 'XNet'.\n",
     ),
     "no rule": (["demo", "--rules", " ,"], "gradbal demo: `rules` must name at least one rule.\n"),
     "no epoch": (["demo", "--epochs", "0"], "gradbal demo: `epochs` must be >= 1, got 0.\n"),
@@ -188,6 +188,20 @@ def test_demo_prints_its_table_and_where_the_pictures_are(
     assert shown.rstrip().endswith(
         f"Pictures: {out / 'learning-curves.png'} {out / 'weights-and-cosines.png'}"
     )
+
+
+def test_demo_of_a_search_prints_its_policy_and_what_it_is_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(automtl, "run", partial(automtl.run, copies=(2, 1, 1)))
+    shown = said(capsys, "demo", "--arch", "automtl", "--epochs", "1", "--out", str(tmp_path))
+    lines = shown.splitlines()
+    assert lines[0] == "The policy under upgrad"
+    assert lines[2].split() == ["operator", "left", "right", "distance"]
+    names = [line.split("  ")[0] for line in lines[lines.index("", 3) + 3 :]]
+    assert names[:3] == ["3 networks", "hard sharing, upgrad", "AutoMTL, upgrad"]
+    files = [tmp_path / f"{what}-upgrad.png" for what in ("policy", "search")]
+    assert shown.rstrip().endswith(f"Pictures: {files[0]} {files[1]}")
 
 
 def run(*words: str) -> str:

@@ -103,7 +103,7 @@ def train(settings: Settings, cell: Cell) -> Record:
         torch.manual_seed(cell.seed)
         tasks = tasks_of(data, cell.arch, cell.rule)
         model = new_model(data, cell.arch, tasks).to(cell.device)
-        return _fit(model, tasks, data, cell)
+        return fit(model, tasks, data, cell)
 
 
 def tasks_of(data: Problem, arch: str, rule: str) -> Tasks:
@@ -140,7 +140,15 @@ def further(model: nn.Module, tasks: Tasks, batch: Batch) -> dict[str, Tensor]:
     return losses_of(model, tasks, batch)[0]
 
 
-def _fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> Record:
+def fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> Record:
+    """Train a model as a cell says, choose the epoch on validation, test once.
+
+    Args:
+        model: Of arch_zoo, known by name only; ends with the weights of that epoch.
+        tasks: What it learns.
+        data: The examples.
+        cell: What is trained; its architecture only tells a task alone from the others.
+    """
     base = OPTIMIZERS[cell.optimizer](model.parameters(), lr=cell.lr)
     options = {"weights": cell.weights} if cell.weights else {}
     rule = make_rule("ew" if cell.arch == ALONE else cell.rule, **options)

@@ -6,12 +6,20 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradbal.demo import plots
-from gradbal.demo.architectures import PLAIN
-from gradbal.demo.data import COPIES, Pictures, Splits, two_digits
-from gradbal.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
+from gradbal.demo.architectures import PLAIN, build
+from gradbal.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
+from gradbal.demo.model import (
+    STAGES,
+    TASKS,
+    Scores,
+    TwoDigitNet,
+    heads,
+    losses_of,
+    scores_of,
+)
 from gradbal.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
 from gradbal.demo.settings import Settings
 from gradbal.optimizer import MTLOptimizer
@@ -63,8 +71,14 @@ def new_model(settings: Settings, train: Pictures, arch: str) -> TwoDigitNet:
     """Return the network that everyone with this architecture starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = TwoDigitNet(train.distance.mean().item(), train.distance.std().item(), arch)
-    return model.to(settings.device)
+        body = build(arch, STAGES, heads())
+        body(torch.zeros(2, 1, HEIGHT, WIDTH))  # some take their sizes from the first input
+    return net_of(train, body).to(settings.device)
+
+
+def net_of(train: Pictures, body: nn.Module) -> TwoDigitNet:
+    """Return a network whose distances are in pixels."""
+    return TwoDigitNet(train.distance.mean().item(), train.distance.std().item(), body)
 
 
 class Learner:

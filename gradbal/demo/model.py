@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradbal.demo.architectures import PLAIN, build
 from gradbal.demo.data import HEIGHT, WIDTH, Pictures
 
 Scores = dict[str, float]
@@ -21,15 +20,13 @@ class TwoDigitNet(nn.Module):
     Args:
         centre: Mean distance of the training pictures, in pixels.
         spread: Its standard deviation.
-        arch: How the tasks share parameters, see :mod:`gradbal.demo.architectures`.
+        body: From pictures to outputs by task, see :func:`gradbal.demo.architectures.build`.
     """
 
-    def __init__(self, centre: float, spread: float, arch: str = PLAIN) -> None:
+    def __init__(self, centre: float, spread: float, body: nn.Module) -> None:
         super().__init__()
         self.centre, self.spread = centre, spread
-        heads = {"left": _head(10), "right": _head(10), "distance": _head(1)}
-        self.body = build(arch, STAGES, heads)
-        self.body(torch.zeros(2, 1, HEIGHT, WIDTH))  # some take their sizes from the first input
+        self.body = body
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         outputs, aux = self.body(images, return_aux=True)
@@ -51,6 +48,11 @@ def _convolution(inputs: int, outputs: int, width: int) -> nn.Module:
 def _features() -> nn.Module:
     inputs = 2 * CHANNELS * (HEIGHT // 4) * (WIDTH // 4)
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
+
+
+def heads() -> dict[str, nn.Module]:
+    """Return new heads, by task."""
+    return {"left": _head(10), "right": _head(10), "distance": _head(1)}
 
 
 def _head(outputs: int) -> nn.Module:

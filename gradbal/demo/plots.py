@@ -1,6 +1,6 @@
 """The two pictures of the demo; lines differ in dashes and marks, so grey paper will do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -10,6 +10,7 @@ from gradbal.demo.report import Look, Outcome, Report
 from gradbal.plots import DASHES, MARKS, POINTS, new_figure, tidy
 
 GREYS = ("black", "0.4", "0.65")
+BRANCHES = ("shared", "own copy", "skipped")  # of AutoMTL
 
 
 def learning_curves(report: Report, path: Path) -> None:
@@ -78,6 +79,26 @@ def weights_and_cosines(report: Report, path: Path) -> None:
         panel.set_xlabel("step")
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     figure.legend(*rows[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def search_course(course: Sequence[Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw how likely the branches were while a policy was searched, one panel per task.
+
+    Args:
+        course: At each look, by task the mean probabilities of the three branches.
+        path: Where to save the picture, as PNG.
+    """
+    figure = new_figure(11, 3.5)
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    for panel, task in zip(panels, TASKS, strict=True):
+        curves = zip(*(look[task] for look in course), strict=True)
+        for curve, name, grey, dash in zip(curves, BRANCHES, GREYS, DASHES, strict=False):
+            panel.plot(curve, color=grey, linestyle=dash, label=name)
+        panel.set(title=task, xlabel="look at the search", ylim=(0, 1))
+        tidy(panel)
+    panels[0].set_ylabel("mean probability")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -100,12 +100,12 @@ class Report:
         """Return the table of results, header first."""
         reference = median(self.outcomes[0].times)
         alone = self.baseline
-        rows: list[tuple[str, ...]] = [HEADER, (alone.name, *_scores(alone.test), "0.0", "-", "-")]
+        rows: list[tuple[str, ...]] = [HEADER, (alone.name, *shown(alone.test), "0.0", "-", "-")]
         for outcome in self.outcomes:
             rows.append(
                 (
                     outcome.name,
-                    *_scores(outcome.test),
+                    *shown(outcome.test),
                     f"{delta_m(outcome.test, alone.test):+.1f}",
                     f"{median(outcome.times) / reference:.2f}",
                     f"{100 * mean(look.conflict for look in outcome.looks):.0f}",
@@ -114,7 +114,8 @@ class Report:
         return rows
 
 
-def _scores(scores: Scores) -> tuple[str, str, str]:
+def shown(scores: Scores) -> tuple[str, str, str]:
+    """Write the scores of all tasks for a table."""
     left, right = (f"{100 * scores[task]:.1f}" for task in ("left", "right"))
     return left, right, f"{scores['distance']:.3f}"
 

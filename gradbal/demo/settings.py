@@ -15,6 +15,9 @@ from gradbal.registry import RULES
 OWNER = "gradbal demo"
 REFERENCE = "ew"  # always trained: step times are given relative to it
 RULES_BY_DEFAULT = ("uw", "pcgrad", "cagrad", "nash_mtl", "upgrad")
+SEARCH = "automtl"  # the architecture that is searched for, in a demo of its own
+SEARCH_RULES = ("upgrad",)  # by default
+ARCHS = (*ARCHITECTURES, SEARCH)
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
@@ -24,7 +27,7 @@ class Settings:
 
     Args:
         rules: Registered names; ``ew`` is added where it is missing.
-        arch: How the tasks share parameters, one of ``ARCHITECTURES``.
+        arch: How the tasks share parameters, one of ``ARCHS``.
         epochs: Passes over the training pictures.
         seed: Seed of the pictures, the initial weights, the batches and the rules.
         device: Where to train, as torch names it.
@@ -43,7 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_rules(OWNER, self.rules)
-        checks.one_of(OWNER, tuple(ARCHITECTURES), arch=self.arch)
+        checks.one_of(OWNER, ARCHS, arch=self.arch)
         checks.at_least(OWNER, 1, epochs=self.epochs)
         checks.between(OWNER, 0, 2**32 - 1, seed=self.seed)
         check_device(OWNER, self.device)

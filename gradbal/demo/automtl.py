@@ -1,0 +1,255 @@
+"""A search on the two-digit pictures: which operators should the three tasks share?
+
+Like the other architectures of the demo, AutoMTL is taken from arch_zoo by name.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from gradbal.demo import plots
+from gradbal.demo.architectures import Stages
+from gradbal.demo.contest import BATCH, Balanced, Learner, judge, net_of, one_thread, train
+from gradbal.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
+from gradbal.demo.model import FEATURES, TASKS, heads
+from gradbal.demo.report import Outcome, delta_m, shown
+from gradbal.demo.settings import Settings
+from gradbal.optimizer import MTLOptimizer
+
+CHANNELS = (12, 16, 24, 32)  # of the convolutions, from the input on
+SHARE = (6, 2)  # of the steps of training: one in six to pre-train, one in two to search
+LOOKS = 20  # at the policy while it is searched
+HEADER = ("network", "left %", "right %", "distance px", "Delta_m %", "parameters", "operations")
+NOTES = f"""\
+left, right: digits read rightly; distance: mean absolute error. On the test pictures, used once,
+  with each network as it was after its best epoch on the validation pictures.
+Delta_m: mean relative change against one network for each task; lower is better.
+operations: multiply-adds on one picture.
+All networks start alike and are trained alike. The search comes on top, and what it learned beside
+  the policy is thrown away: 1/{SHARE[0]} and 1/{SHARE[1]} as many steps, of several times the work.
+One seed and one learning rate: an example, not a ranking."""
+
+
+def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
+    layer = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return layer, nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+def _level(inputs: int, outputs: int) -> nn.Module:
+    """Return two convolutions, of which the first halves the picture."""
+    return nn.Sequential(*_convolution(inputs, outputs, 2), *_convolution(outputs, outputs, 1))
+
+
+def _features() -> nn.Module:
+    inputs = CHANNELS[-1] * -(-HEIGHT // 8) * -(-WIDTH // 8)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
+
+
+STAGES: Stages = (
+    lambda: nn.Sequential(*_convolution(1, CHANNELS[0], 1)),
+    *(partial(_level, *pair) for pair in pairwise(CHANNELS)),
+    _features,
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One line of the table.
+
+    Attributes:
+        outcome: How it did, under the name that the table has for it.
+        parameters: How many it has.
+        operations: Its multiply-adds on one picture.
+    """
+
+    outcome: Outcome
+    parameters: int
+    operations: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found, and what it is worth.
+
+    Attributes:
+        networks: One network for each task, then hard sharing and AutoMTL under every rule.
+        operators: Names of what was searched, from the input on.
+        policies: By rule and task, the branch of each operator.
+        files: The pictures that were saved.
+    """
+
+    networks: list[Network]
+    operators: tuple[str, ...]
+    policies: dict[str, dict[str, list[int]]]
+    files: list[Path]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table of networks, header first."""
+        alone = self.networks[0].outcome.test
+        return [
+            HEADER,
+            *(
+                (
+                    network.outcome.name,
+                    *shown(network.outcome.test),
+                    f"{delta_m(network.outcome.test, alone):+.1f}",
+                    f"{network.parameters:,}",
+                    f"{network.operations:,}",
+                )
+                for network in self.networks
+            ),
+        ]
+
+    def policy_rows(self, rule: str) -> list[tuple[str, ...]]:
+        """Return the table of a policy, header first."""
+        policy = self.policies[rule]
+        branches = zip(*(policy[task] for task in TASKS), strict=True)
+        return [
+            ("operator", *TASKS),
+            *(
+                (name, *(plots.BRANCHES[branch] for branch in row))
+                for name, row in zip(self.operators, branches, strict=True)
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the search under one rule led to.
+
+    Attributes:
+        rule: The rule.
+        operators: Names of what was searched.
+        record: What the search saw, of arch_zoo.
+        models: One network for each task, hard sharing, and what was found, of arch_zoo.
+    """
+
+    rule: str
+    operators: tuple[str, ...]
+    record: Any
+    models: dict[str, Any]
+
+
+def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Findings:
+    """Search under every rule, train what was found beside what it must beat, and test once.
+
+    Args:
+        settings: What users may set; the epochs are those of training.
+        copies: Size of the data set, see :func:`gradbal.demo.data.two_digits`.
+
+    Raises:
+        ValueError: If a package is missing or the folder cannot be made.
+    """
+    settings.prepare()
+    with one_thread():
+        splits = Splits(
+            *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
+        )
+        trials = [search(rule, splits.train, settings) for rule in settings.rules]
+        networks = compare(trials, splits, settings)
+    return Findings(
+        networks,
+        trials[0].operators,
+        {trial.rule: trial.record.policy for trial in trials},
+        [file for trial in trials for file in draw(trial, settings.out)],
+    )
+
+
+def search(rule: str, pictures: Pictures, settings: Settings) -> Trial:
+    """Search under a rule: half of the pictures for the weights, half for the policy."""
+    zoo, driver = import_module("arch_zoo.automtl"), import_module("arch_zoo.automtl.search")
+    n = len(pictures.images)
+    steps = settings.epochs * -(-n // BATCH)
+    preset = _preset(steps)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        backbone = nn.Sequential(*(stage() for stage in STAGES)).to(settings.device)
+        tau = zoo.Temperature(preset.tau_start, preset.tau_factor, preset.tau_every)
+        model = zoo.AutoMTL(backbone, heads(), pictures.images[:2], tau=tau).to(settings.device)
+    halves = [torch.arange(half, n, 2) for half in range(2)]
+    loaders = (
+        partial(_batches, pictures, part, settings.seed) for part in (torch.arange(n), *halves)
+    )
+    found, record = driver.search(
+        model,
+        driver.Data(**dict(zip(("train", "weights", "policy"), loaders, strict=True))),
+        {"left": F.cross_entropy, "right": F.cross_entropy, "distance": _squared_error},
+        lambda model: 0.0,  # the likeliest policy is taken, and trained with the others below
+        lambda base: MTLOptimizer(base, rule, seed=settings.seed),
+        preset,
+        every=-(-preset.search.steps // LOOKS),
+        seed=settings.seed,
+    )
+    models = import_module("arch_zoo.automtl.table").beside(found.train(), backbone)
+    return Trial(rule, model.operators, record, models)
+
+
+def compare(trials: Sequence[Trial], splits: Splits, settings: Settings) -> list[Network]:
+    """Train all networks on the same batches and test them."""
+    cost = import_module("arch_zoo.automtl.costs").model_cost
+    separate, sharing, _ = trials[0].models.values()
+    alone = [Learner(t, net_of(splits.train, copy.deepcopy(sharing)), settings) for t in TASKS]
+    bodies, together, names = [separate], [], []
+    for trial in trials:
+        _, *both = trial.models.values()
+        bodies += both
+        together += [Balanced(trial.rule, net_of(splits.train, body), settings) for body in both]
+        names += [f"hard sharing, {trial.rule}", f"AutoMTL, {trial.rule}"]
+    train([*alone, *together], splits, settings)
+    baseline, outcomes = judge(alone, together, splits.test)
+    for name, outcome in zip(
+        (f"{len(TASKS)} networks", *names), (baseline, *outcomes), strict=True
+    ):
+        outcome.name = name
+    costs = [cost(body, splits.test.images[:1]) for body in bodies]
+    return [Network(o, *c) for o, c in zip((baseline, *outcomes), costs, strict=True)]
+
+
+def draw(trial: Trial, folder: Path) -> list[Path]:
+    """Draw the policy, and how it came about."""
+    picture = import_module("arch_zoo.automtl.picture").policy_picture
+    choices = {t: F.one_hot(torch.tensor(trial.record.policy[t]), 3).float() for t in TASKS}
+    files = [folder / f"{what}-{trial.rule}.png" for what in ("policy", "search")]
+    picture(choices, trial.operators).savefig(files[0], dpi=120)
+    plots.search_course(trial.record.course, files[1])
+    return files
+
+
+def _preset(steps: int) -> Any:  # of arch_zoo
+    """Return the small schedule, with as many steps as belong to those of training."""
+    small = import_module("arch_zoo.automtl.presets").SMALL
+    before, during = (max(1, steps // share) for share in SHARE)
+    turn = small.policy_steps + small.weight_steps
+    cooled = -(-during * small.policy_steps // turn)  # steps of the policy
+    return replace(
+        small,
+        pretrain=replace(small.pretrain, steps=before),
+        search=replace(small.search, steps=during),
+        posttrain=replace(small.posttrain, steps=0),
+        tau_every=max(1, cooled // 10),
+    )
+
+
+def _batches(
+    pictures: Pictures, part: Tensor, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield some of the pictures with targets, distances in units of their deviation."""
+    generator = Generator().manual_seed(1_000 * seed + epoch)
+    mean, spread = pictures.distance.mean(), pictures.distance.std()
+    for index in torch.split(part[torch.randperm(len(part), generator=generator)], BATCH):
+        some = pictures.take(index.to(pictures.images.device))
+        distance = (some.distance - mean) / spread
+        yield some.images, {"left": some.left, "right": some.right, "distance": distance}
+
+
+def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs.squeeze(1), targets)

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradbal.demo import automtl
+from gradbal.demo.automtl import HEADER, STAGES, Findings, run
+from gradbal.demo.data import HEIGHT, WIDTH, two_digits
+from gradbal.demo.model import FEATURES, TASKS
+from gradbal.demo.report import delta_m
+from gradbal.demo.settings import Settings
+
+COPIES = (2, 1, 1)
+RULES = ("ew", "upgrad")
+
+
+def found_in(folder: Path) -> Findings:
+    return run(Settings(arch="automtl", rules=RULES, epochs=1, seed=3, out=folder), copies=COPIES)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return found_in(tmp_path_factory.mktemp("automtl"))
+
+
+def test_the_table_has_what_the_search_must_beat(found: Findings) -> None:
+    header, *rows = found.rows()
+    assert header == HEADER
+    kinds = ("hard sharing", "AutoMTL")
+    assert [row[0] for row in rows] == ["3 networks", *(f"{k}, {r}" for r in RULES for k in kinds)]
+    alone = found.networks[0].outcome.test
+    for row, network in zip(rows, found.networks, strict=True):
+        assert row[4] == f"{delta_m(network.outcome.test, alone):+.1f}"
+    separate, sharing, *_ = found.networks
+    assert sharing.parameters < separate.parameters < 3 * sharing.parameters
+    for rule, network in zip(RULES, found.networks[2::2], strict=True):
+        only_shared = not any(map(any, found.policies[rule].values()))
+        assert only_shared == (network.parameters == sharing.parameters)
+
+
+def test_a_policy_is_shown_operator_by_operator(found: Findings) -> None:
+    for rule in RULES:
+        header, *rows = found.policy_rows(rule)
+        assert header == ("operator", *TASKS)
+        assert [row[0] for row in rows] == list(found.operators)
+        assert len(rows) == 7
+        words = ("shared", "own copy", "skipped")
+        for column, task in enumerate(TASKS, start=1):
+            branches = [words.index(row[column]) for row in rows]
+            assert branches == found.policies[rule][task]
+
+
+def test_pictures_are_png_files(found: Findings) -> None:
+    names = [f"{what}-{rule}.png" for rule in RULES for what in ("policy", "search")]
+    assert [file.name for file in found.files] == names
+    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in found.files)
+
+
+def test_same_seed_same_search(found: Findings, tmp_path: Path) -> None:
+    again = found_in(tmp_path)
+    assert again.policies == found.policies
+    assert again.rows()[3] == found.rows()[3]
+
+
+def test_halves_of_the_pictures_are_disjoint_and_in_a_new_order_in_every_pass() -> None:
+    pictures = two_digits(seed=3, copies=COPIES).train
+    parts = [torch.arange(half, 200, 2) for half in range(2)]
+
+    def seen(part: int, epoch: int) -> torch.Tensor:
+        batches = automtl._batches(pictures, parts[part], 0, epoch)
+        return torch.cat([images for images, _ in batches])
+
+    first, second, other = seen(0, 0), seen(0, 1), seen(1, 0)
+    assert torch.equal(first, seen(0, 0))
+    assert not torch.equal(first, second)
+    rows = [{tuple(row.tolist()) for row in some.flatten(1)} for some in (first, second, other)]
+    assert rows[0] == rows[1]
+    assert not rows[0] & rows[2]
+    assert len(rows[0] | rows[2]) == 200
+
+
+def test_the_stages_make_an_encoder() -> None:
+    encoder = torch.nn.Sequential(*(stage() for stage in STAGES))
+    assert encoder(torch.zeros(2, 1, HEIGHT, WIDTH)).shape == (2, FEATURES)
