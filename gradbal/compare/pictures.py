@@ -11,7 +11,8 @@ from gradbal.compare.summary import Scores
 from gradbal.plots import MARKS, new_figure, tidy
 
 LOOKS = [{"marker": mark, "mfc": fill} for fill, mark in product(("none", "black", "0.7"), MARKS)]
-BARS = {"ecolor": "0.6", "elinewidth": 0.6, "linestyle": "none"}  # intervals step back behind the means
+# intervals step back behind the means
+BARS = {"ecolor": "0.6", "elinewidth": 0.6, "linestyle": "none"}
 
 
 def front(standing: Standing, tasks: Mapping[str, Task], alone: Mapping[int, Scores]) -> Any:
