@@ -45,7 +45,10 @@ def load(seed: int, counts: tuple[int, int, int] = COUNTS) -> Problem:
         validation=validation,
         test=test,
         stages=stages(),
-        heads={"segmentation": partial(_head, SHAPES + 1), "depth": partial(_head, 1)},
+        heads={
+            "segmentation": partial(_head, SHAPES + 1, 0.0),
+            "depth": partial(_head, 1, (NEAR + FAR) / 2),
+        },
         batch=16,
     )
 
@@ -107,6 +110,9 @@ def _stage(channels: tuple[int, ...], scale: float) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _head(outputs: int) -> nn.Module:
+def _head(outputs: int, start: float) -> nn.Module:
+    """Return a head whose outputs start around a value: far from it, its units would die."""
     full = WIDTHS[0]
-    return nn.Sequential(nn.Conv2d(full, full, 3, 1, 1), nn.ReLU(), nn.Conv2d(full, outputs, 1))
+    last = nn.Conv2d(full, outputs, 1)
+    nn.init.constant_(last.bias, start)  # type: ignore[arg-type]  # it has one
+    return nn.Sequential(nn.Conv2d(full, full, 3, 1, 1), nn.ReLU(), last)
