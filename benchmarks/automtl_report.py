@@ -15,6 +15,7 @@ from gradbal.plots import MARKS, new_figure, tidy
 
 ALONE, FOUND, RANDOM = "alone", "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together
+ALIKE = 2  # how many more skips still count as alike
 Tasks = Mapping[str, Task]
 BySeed = dict[int, list[Any]]  # records, of all tasks or all random policies of a seed
 
@@ -86,7 +87,8 @@ def page(
     picture = options.out.with_suffix(".png")
     draw(everything, picture)
     for (name, rule), results in everything.items():
-        parts += [f"## {name}, `{rule}`", table(results), verdict(results), shares(results)]
+        parts += [f"## {name}, `{rule}`", table(results), verdict(results), by_skips(results)]
+        parts.append(shares(results))
     parts.append(f"![Delta_m against the number of parameters]({picture.name})")
     return "\n\n".join(parts) + "\n"
 
@@ -99,7 +101,9 @@ the epoch is chosen on validation examples, and test examples are used once. Tha
 anew after the search, so it takes as many steps as the others; the search comes on top. A random
 policy draws the branch of every operator and task by chance, among policies whose network has the
 parameters of the one that AutoMTL found within 3 %; there are {options.policies} for each seed and
-rule, trained from the same weights, of which the mean counts.
+rule, of which the mean counts. They start from the weights that AutoMTL's network starts from, the
+other methods from weights drawn alike. Where they choose other branches than AutoMTL, which stands
+below each table, a difference may be one of how much is skipped, not of where.
 
 Delta_m is the mean change for the worse against each task alone with the same seed, in percent:
 lower is better. ± is Student's 95 % interval over {len(options.seeds)} seeds; the last column is
@@ -147,6 +151,28 @@ def verdict(results: Results) -> str:
         f"{words}: {paired.less.shown('+.1f')} (p = {paired.p:.2g}). "
         f"It is better than {sum(beaten)} of {len(beaten)} of them."
     )
+
+
+def by_skips(results: Results) -> str:
+    """Say how much of the difference to chance goes with what random policies skip."""
+    groups: dict[bool, list[float]] = {True: [], False: []}
+    for seed, some in results.found[CHANCE].items():
+        (found,) = results.found[FOUND][seed]
+        for record in some:
+            alike = _skips(record) <= _skips(found) + ALIKE
+            groups[alike].append(results._delta(found) - results._delta(record))
+    alike, others = (
+        f"{fmean(some):+.1f} over {len(some)}" if some else "none" for some in groups.values()
+    )
+    return (
+        "Looked at afterwards, so no test: AutoMTL's Delta_m less that of a random policy is "
+        f"{alike} policies that skip at most {ALIKE} times more than it, and {others} that skip "
+        "more often."
+    )
+
+
+def _skips(record: Any) -> int:
+    return sum(branches.count(2) for branches in record.policy.values())
 
 
 def shares(results: Results) -> str:

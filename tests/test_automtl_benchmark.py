@@ -11,7 +11,16 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import automtl, scenes
 from benchmarks.automtl import METHODS, NEAR, Cell, Record, size_of
-from benchmarks.automtl_report import ALONE, CHANCE, FOUND, RANDOM, Results, table, verdict
+from benchmarks.automtl_report import (
+    ALONE,
+    CHANCE,
+    FOUND,
+    RANDOM,
+    Results,
+    by_skips,
+    table,
+    verdict,
+)
 from gradbal.compare.problem import Problem
 
 SMALL = replace(
@@ -128,6 +137,17 @@ def test_delta_m_is_against_the_tasks_alone_and_chance_is_a_mean() -> None:
 )
 def test_the_verdict_says_what_the_interval_says(chance: float, words: str) -> None:
     assert verdict(results(chance)).startswith(words)
+
+
+def test_skips_are_told_apart() -> None:
+    some = results(0.55)
+    many = some.found[CHANCE][0][0]
+    some.found[CHANCE][0][0] = replace(many, policy={"depth": [2, 2], "segmentation": [2, 0]})
+    assert by_skips(some) == (
+        "Looked at afterwards, so no test: AutoMTL's Delta_m less that of a random policy is -4.5 "
+        "over 3 policies that skip at most 2 times more than it, and -6.0 over 1 that skip more "
+        "often."
+    )
 
 
 # ---------------------------------------------------------------------- the command
