@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -69,11 +68,6 @@ class Block:
     def mine(self, n_rows: int) -> Tensor:
         """View the rows in use where this process completes them and takes inner products."""
         return self.rows[:n_rows, self.columns.mine]
-
-    @cached_property
-    def flat(self) -> Tensor:
-        """Storage of the direction, shape ``[n]``; gradients are views of it."""
-        return self.rows.new_empty(self.rows.shape[1])
 
     def at(self, rows: int | slice) -> dict[int, Tensor]:
         """View one row, or several, as one tensor per parameter."""

@@ -1,5 +1,6 @@
 """From what was found to weights: where the optimizer meets the rule."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,14 @@ class Decision:
         pairs = zip(rows.items(), found, strict=True)
         new = {number: part.to(row.dtype) for (number, row), part in pairs}
         self.direction = {**(self.direction or {}), **new}
+
+    def bad_weights(self) -> list[int]:
+        """Return the positions of tasks whose weights, on any group or head, are NaN or inf."""
+        vectors = [*self.shared.values()]
+        if self.heads is not None and not self.in_one_pass:
+            vectors.append(self.heads)
+        numbers = [vector.tolist() for vector in vectors]
+        return sorted({i for row in numbers for i, x in enumerate(row) if not math.isfinite(x)})
 
     def commit(self, core: Core) -> None:
         """Let the core keep what the rule has changed."""

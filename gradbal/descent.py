@@ -250,16 +250,20 @@ class Descent:
 
     def direction(
         self, plan: Plan, gradients: TaskGradients, decision: Decision, *, retain_graph: bool
-    ) -> dict[int, Tensor]:
-        """Return the gradient of every parameter: heads, trunk and what lies beside it."""
-        sink = gradients.sink
+    ) -> tuple[dict[int, Tensor], set[int]]:
+        """Return the gradient of every parameter: heads, trunk and what lies beside it.
+
+        Returns:
+            The gradients, by parameter, and the numbers of those that nobody else can hold.
+        """
+        sink, new = gradients.sink, set[int]()
         out = gradients.heads.direction(decision.heads)
         if decision.direction is not None and not isinstance(sink, Streamed):
             shared = sink.like_rows(decision.direction)
         elif isinstance(sink, Keep):
             weights = decision.shared | {BESIDE: decision.shared.get(MODEL)}
-            in_place = all(self.params[number].grad is None for number in sink.groups)
-            shared = sink.direction(weights.get, in_place=in_place)
+            shared = sink.direction(weights.get)
+            new = set(shared)
         else:
             shared = sink.direction(decision.shared[MODEL]) if gradients.members else {}
         if isinstance(sink, GramOnly) and plan.sharded:
@@ -267,7 +271,7 @@ class Descent:
             at_cut = {n - first: value for n, value in shared.items()}
             seeds, heads = gradients.seeds, decision.heads
             whole = pull_whole(self.params, plan, seeds, heads, at_cut, retain_graph=retain_graph)
-            return self.processes.average(whole)
+            return self.processes.average(whole), new
         if isinstance(sink, GramOnly):
             pulled = self._pull(plan, shared, retain_graph)
             beside = {n: g for n, g in shared.items() if n < len(self.params)}
@@ -275,7 +279,7 @@ class Descent:
             ours = pulled if averaged else beside | pulled
             ours = self.processes.average(ours)
             shared = beside | ours if averaged else ours
-        return out | shared
+        return out | shared, new
 
     def _cross(
         self, plan: Plan, segment: Segment, seeds: Sequence[Tensor | None], heads: Heads, sink: Sink

@@ -24,7 +24,7 @@ from gradbal.descent import Descent
 from gradbal.distributed import Processes
 from gradbal.distributed.counts import Counts
 from gradbal.gathering import Gathered, check_peers, gather
-from gradbal.grads import Writer
+from gradbal.grads import add_to_grads
 from gradbal.gram import all_finite, outside_autocast
 from gradbal.learning import Learning
 from gradbal.losses import Batch, Losses
@@ -55,10 +55,10 @@ class Flow:
         self.learning = Learning(
             core, descent.roles.base, options.learned_lr, descent.planner.log.tell_once
         )
-        self.writer = Writer()
         self.reader = Reader(core, options, descent)
         self.last: StepRecord | None = None
         self.left_out = 0  # steps, also by a scaler
+        self.reached = set[int]()  # parameters with a gradient after the last pass over all losses
         self.holds = False  # weights, for further evaluations of the losses in a step
 
     @property
@@ -79,6 +79,8 @@ class Flow:
             decision, shown = self._decide_on_losses(batch, call)
             if shown.bad and options.stops_at_nonfinite(call.scaler):
                 return self._refuse("loss", shown.bad, batch.values, batch.tasks, call, undo)
+            if decision is not None and (fault := self._fault(decision, batch.tasks)):
+                return self._refuse_rule(fault, batch.tasks, call, undo)
             if decision is not None and decision.in_one_pass and not core.pending:
                 return self._pass_once(batch, decision, shown, scale, call, undo)
             at_cut = decision is not None and not core.pending
@@ -94,6 +96,8 @@ class Flow:
                 return self._refuse(seen.what, seen.bad, batch.values, found.tasks, call, undo)
             with phase("solve"):
                 decision = decision or self._decide(found, seen, scale, further)
+                if fault := self._fault(decision, found.tasks):
+                    return self._refuse_rule(fault, found.tasks, call, undo)
             with phase("write_grad"):
                 finite = self._write(found, decision, call)
             if not finite:
@@ -171,15 +175,15 @@ class Flow:
         params = self.descent.params
         self._start_anew(call)
         with replacing_grads(params, fresh=call.fresh):
-            grads = self.descent.direction(
+            grads, new = self.descent.direction(
                 found.plan, found.gradients, decision, retain_graph=call.retain_graph
             )
             unseen = call.scaler is not None and found.gradients.at_cut
             if unseen and not self.processes.all(all_finite(grads.values(), found.losses.device)):
                 return False
             held = self.descent.roles.held
-            self.writer.add(params, held, grads, self.descent.keep.buffers())
-            self.writer.add(params, held, found.aux, {})
+            add_to_grads(params, held, grads, new)
+            add_to_grads(params, held, found.aux)
         return True
 
     def _pass_once(
@@ -193,15 +197,16 @@ class Flow:
     ) -> bool:
         """Take the weighted losses down in one ordinary pass."""
         planner, params = self.planner, self.descent.params
-        if not planner.walked or planner.foreign:  # else there is nothing to find out
+        if planner.is_new(batch):
             check_peers(planner.plan(batch, self.core.sets, found=True), self.processes.size)
         self._start_anew(call)
         weights = decision.shared[MODEL]
         with phase("backward"), replacing_grads(params, fresh=call.fresh):
-            only_ours = planner.foreign and not planner.hidden
             finite = pass_once(
-                params, batch, weights, scale, call, self.processes, only_ours=only_ours
+                params, batch, weights, scale, call, self.processes, only_ours=not planner.hidden
             )
+            if call.fresh:
+                self._check_hidden(batch)
             if self.core.shards:
                 check_placed(params)
                 found = [n for n, param in enumerate(params) if param.grad is not None]
@@ -211,6 +216,24 @@ class Flow:
         else:  # the scaler will leave the step out
             undo()
         return True
+
+    def _check_hidden(self, batch: Batch) -> None:
+        """Raise if a parameter lost its gradient because a reentrant checkpoint hides it.
+
+        A pass that writes the gradients of given parameters only does not reach these; the walk
+        that would have found the checkpoint is left out where a graph looks like the last one.
+        """
+        params, planner = self.descent.params, self.planner
+        reached = {n for n, param in enumerate(params) if param.grad is not None}
+        lost, self.reached = self.reached - reached, reached
+        if lost and not planner.hidden:
+            planner.plan(batch, self.core.sets, found=True)
+            if planner.hidden:
+                raise RuntimeError(
+                    f"{OWNER}: a reentrant checkpoint appeared in the graph after the first steps "
+                    "and hides its parameters; nothing was changed. Compute the losses again and "
+                    "repeat the step, or pass use_reentrant=False to torch's checkpoint."
+                )
 
     def _start_anew(self, call: Call) -> None:
         """Forget what belonged to gradients that are gone."""
@@ -249,6 +272,36 @@ class Flow:
                 'cause with torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" '
                 "to leave such steps out."
             )
+        return self._skip(names, call, undo)
+
+    def _fault(self, decision: Decision, tasks: Sequence[int]) -> str:
+        """Say what of a rule's answer is not finite; nothing if all is, or if that may pass."""
+        if decision.reused or self.options.when_nonfinite == "propagate":
+            return ""
+        if bad := decision.bad_weights():
+            whose = ", ".join(f"task {self.core.names[tasks[i]]!r}" for i in bad)
+            return f"a weight for {whose} that is"
+        if decision.direction is None:
+            return ""
+        finite = all_finite(decision.direction.values(), torch.device("cpu"))
+        return "" if self.processes.all(finite) else "a direction that is"
+
+    def _refuse_rule(
+        self, fault: str, tasks: Sequence[int], call: Call, undo: Callable[[], None]
+    ) -> bool:
+        """Deal with a rule that returned NaN or inf for finite losses and gradients."""
+        core = self.core
+        if self.options.when_nonfinite == "raise":
+            raise ValueError(
+                f"{OWNER}: {type(core.rule).__name__} returned {fault} not finite in step "
+                f"{core.solved}, although losses and task gradients are; nothing was changed. "
+                "Check the options of the rule and the scale of the losses, or pass "
+                'on_nonfinite="skip" to leave such steps out.'
+            )
+        return self._skip(tuple(core.names[task] for task in tasks), call, undo)
+
+    def _skip(self, names: tuple[str, ...], call: Call, undo: Callable[[], None]) -> bool:
+        """Leave a step out, or let the scaler do so; return whether the base may step."""
         undo()
         self.core.discard()
         self.core.forget_step()

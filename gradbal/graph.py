@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
 
+from gradbal._utils.torch_private import LEAF
 from gradbal.sharded import is_sharded
 from gradbal.walk import (
-    LEAF,
     Boundary,
     Walk,
     behind_sinks,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradbal._utils.torch_private import ones_at
 from gradbal.graph import Plan
 from gradbal.losses import Batch
 from gradbal.pending import Rows
@@ -115,8 +116,7 @@ def pull_whole(
         As :func:`harvest`.
     """
     if weights is not None:
-        like = [root.node._input_metadata[root.output_nr] for root in plan.roots]
-        ones = [torch.ones(kind.shape, dtype=kind.dtype, device=kind.device) for kind in like]
+        ones = map(ones_at, plan.roots)
         pairs = zip(ones, seeds, weights.tolist(), strict=True)
         seeds = [one * w if seed is None else seed * w for one, seed, w in pairs]
     with replaced(plan.cut, values):

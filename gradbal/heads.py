@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradbal._utils.torch_private import ones_at
 from gradbal.crossing import Cotangent, Rows, Segment, pull
 from gradbal.gram import added
 from gradbal.graph import Plan
@@ -76,7 +77,7 @@ def descend(
         keep = retain_graph or (not plan.apart and (task < last or below))
         grads: Sequence[Tensor | None] = ()
         if passing and inputs:
-            seed = _ones(root) if seeds[task] is None else seeds[task]
+            seed = ones_at(root) if seeds[task] is None else seeds[task]
             grads = pull(Segment((root,), inputs, keep, hooked=False), [seed]).grads
         elif inputs:
             grads = torch.autograd.grad(
@@ -91,9 +92,3 @@ def descend(
         if above:
             sink.take(above, Rows(task, beside[len(own) :]))
         yield Cotangent(task, grads[: len(edges)], task == last)
-
-
-def _ones(root: Any) -> Tensor:
-    """Return the initial gradient of a loss that stands at an edge."""
-    like = root.node._input_metadata[root.output_nr]
-    return torch.ones(like.shape, dtype=like.dtype, device=like.device)

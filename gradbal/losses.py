@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradbal._utils.torch_private import saved, signed
 from gradbal.sharded import is_sharded
 
 PIECES = ("UnbindBackward0", "SelectBackward0")  # what takes a piece out of a stack
@@ -188,8 +189,7 @@ def _edge(loss: Tensor) -> GradientEdge | None:
         return edge
     number = edge.output_nr
     if kind == "SelectBackward0":
-        number = edge.node._saved_index % 2**64  # type: ignore[attr-defined]  # of SelectBackward0
-        number -= 2**64 if number >= 2**63 else 0  # counted from the end
+        number = signed(saved(edge.node, "index") % 2**64)  # negative: counted from the end
     node, output = below.next_functions[number]
     return None if node is None else GradientEdge(node, output)
 

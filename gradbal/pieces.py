@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.walk import LEAF, Boundary
+from gradbal._utils.torch_private import LEAF, order_of_creation
+from gradbal.walk import Boundary
 from gradbal.work import entries_at
 
 Open = dict[Node, set[int]]  # edges that lead out of what has been visited, by where they lead
@@ -94,7 +95,7 @@ def _sweep(top: Boundary) -> Iterator[tuple[list[Any], Open]]:
                     seen.add(child)
                     stack.append(child)
     turn = count()
-    ready = [(-node._sequence_nr(), next(turn), node) for node in opened if not users[node]]
+    ready = [(-order_of_creation(node), next(turn), node) for node in opened if not users[node]]
     heapq.heapify(ready)
     while ready:
         *_, node = heapq.heappop(ready)
@@ -109,7 +110,7 @@ def _sweep(top: Boundary) -> Iterator[tuple[list[Any], Open]]:
                 opened.pop(child)
                 leaves.append(child)
             elif not users[child]:
-                heapq.heappush(ready, (-child._sequence_nr(), next(turn), child))
+                heapq.heappush(ready, (-order_of_creation(child), next(turn), child))
         yield leaves, opened
 
 

@@ -4,6 +4,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from gradbal._utils import torch_private
+from gradbal._utils.torch_private import order_of_creation
 from gradbal.auto import ENGINES, Chooser
 from gradbal.core import Core
 from gradbal.crossing import Layer, Segment
@@ -33,9 +35,7 @@ class Planner:
         alone: Whether task gradients are whole in this process, so that products of their factors
             are inner products.
         seed: Of what is drawn in this step.
-        walked: Whether a graph has been seen.
         hidden: Whether a reentrant checkpoint or ``fully_shard`` hid a part of the newest one.
-        foreign: Whether parameters of no group were met there.
     """
 
     def __init__(
@@ -52,7 +52,11 @@ class Planner:
         self.crossings: dict[Engine, Crossing] = {}
         self.use(engine)
         self.log, self.seed = Log(), 0
-        self.walked = self.hidden = self.foreign = False
+        self.hidden = False
+        self.newest = 0  # when the last batch was recorded, in nodes
+        self.recorded: tuple[list[int], int] | None = (
+            None  # its tasks, and nodes since the one before
+        )
         modules = engine.modules if isinstance(engine, Representation) else ()
         self.n_modules = len(modules)
         self.tag = object() if modules else None
@@ -130,9 +134,19 @@ class Planner:
                 "representation to look at; name a module or choose another engine."
             )
         self.log.about(plan)
-        self.walked = True
-        self.hidden, self.foreign = plan.hidden or plan.sharded, plan.foreign > 0
+        self.hidden = plan.hidden or plan.sharded
         return plan
+
+    def is_new(self, batch: Batch) -> bool:
+        """Say whether the graph of a batch may differ from the last one.
+
+        It may if other tasks have losses, or if another number of nodes was recorded since the
+        last batch; both are known without a walk.
+        """
+        newest = order_of_creation(batch.joined.grad_fn)
+        recorded = (batch.tasks, newest - self.newest)
+        known, self.newest, self.recorded = self.recorded, newest, recorded
+        return recorded != known
 
     def check_batches(self, further: bool, *, at_cut: bool, whole: bool, even: bool) -> None:
         """Raise if batches, or parts of one in several processes, cannot be brought together.
@@ -171,12 +185,14 @@ class Planner:
 
     def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
         """Return the layers of a segment whose gradients are not to be formed, by position."""
-        if self.alone:
+        unknown = torch_private.missing()
+        if self.alone and unknown is None:
             return self.engine.layers(segment, n_tasks, self.seed)
         if isinstance(self.engine, Factored):
+            why = unknown or "several processes or sharded parameters have parts of them"
             self.log.tell_once(
                 "formed",
-                f"{type(self.engine).__name__}: with several processes, or sharded parameters, task"
-                " gradients are formed one by one, as with Sequential.",
+                f"{type(self.engine).__name__}: task gradients are formed one by one, as with "
+                f"Sequential, because {why}.",
             )
         return {}

@@ -1,11 +1,11 @@
 """What an optimizer says about itself: a check of its gradients, and an explanation in words."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradbal._utils.torch_private import output_metadata
 from gradbal.auto import explained
 from gradbal.blocks import MODEL
 from gradbal.core import Core
@@ -83,8 +83,8 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
 
 def _eps(batch: Batch) -> float:
     """Return the rounding error of the least precise gradient in the graph; autocast makes some."""
-    nodes: list[Any] = [*walk_graph(batch.edges, batch.tasks).order]  # metadata is not in the type
-    dtypes = {output.dtype for node in nodes for output in node._input_metadata}
+    nodes = walk_graph(batch.edges, batch.tasks).order
+    dtypes = {output.dtype for node in nodes for output in output_metadata(node)}
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
@@ -100,7 +100,7 @@ def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[i
     for task, weights in zip(batch.tasks, torch.eye(len(batch.tasks)), strict=True):
         decision = Decision({MODEL: weights})
         gathered = descent.gather(plan, batch, known, None, len(core.names), retain_graph=True)
-        alone = descent.direction(plan, gathered, decision, retain_graph=True)
+        alone, _ = descent.direction(plan, gathered, decision, retain_graph=True)
         alone |= gathered.heads.grads[batch.tasks.index(task)]
         for number, grad in alone.items():
             if plan.reached[number] >> task & 1:

@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn.parallel.distributed import _DDPSink
+from torch.autograd.graph import GradientEdge, Node
+
+from gradbal._utils.torch_private import DDP_SINK, LEAF, saved, saves
 
 Boundary = tuple[GradientEdge, ...]
 Edge = tuple[Node | None, int]
-
-SINK = getattr(_DDPSink, "_backward_cls", None)  # what DDP hands its outputs through, as they are
-LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # AccumulateGrad
 
 
 @dataclass
@@ -42,9 +39,9 @@ class Walk:
 
     def sparse_leaves(self) -> set[Node]:
         """Return the leaves used by an operation whose gradient is sparse."""
-        if not any(hasattr(kind, "_saved_sparse") for kind in self.kinds.values()):
+        if not any(saves(kind, "sparse") for kind in self.kinds.values()):
             return set()
-        embeddings = [node for node in self.order if getattr(node, "_saved_sparse", False)]
+        embeddings = [node for node in self.order if saved(node, "sparse", False)]
         return {n for node in embeddings for n, _ in self.edges[node] if type(n) is LEAF}
 
 
@@ -70,7 +67,7 @@ def walk_graph(
         below: Sequence[Edge] = node.next_functions
         if behind:
             below = list(map(behind_sinks, below))
-        if type(node) is SINK:
+        if type(node) is DDP_SINK:
             sinks.append(node)
         edges[node] = below
         for child, _ in below:
@@ -98,7 +95,7 @@ def walk_graph(
 def behind_sinks(edge: Edge) -> Edge:
     """Return the edge to which another leads through nodes that hand on what comes."""
     node, number = edge
-    while node is not None and type(node) is SINK:
+    while node is not None and type(node) is DDP_SINK:
         node, number = node.next_functions[number]
     return node, number
 

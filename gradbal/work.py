@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.walk import LEAF, Boundary
+from gradbal._utils import torch_private
+from gradbal._utils.torch_private import LEAF
+from gradbal.walk import Boundary
 
 
 class Rates(NamedTuple):
@@ -93,7 +95,7 @@ def entries_at(edges: Iterable[GradientEdge]) -> int:
 
 
 def _shape(node: Any, output: int = 0) -> Sequence[int]:
-    found: Sequence[int] = node._input_metadata[output].shape
+    found: Sequence[int] = torch_private.output_metadata(node)[output].shape
     return found
 
 
@@ -108,7 +110,7 @@ def _in_product(node: Node, size: int, first: int) -> float:
 
 def _in_convolution(node: Any, size: int) -> float:
     (image, _), (weight, i), *_ = node.next_functions
-    shape = _shape(weight, i) if weight is not None else node._saved_weight.shape
+    shape = _shape(weight, i) if weight is not None else torch_private.saved(node, "weight").shape
     windows = math.prod(shape[1:])
     return 2.0 * size * windows * ((image is not None) + (weight is not None))
 

@@ -6,19 +6,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch._C._autograd import _profiler_enabled
-from torch.optim import optimizer as torchs
 
-HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-
-GLOBAL_HOOKS = (torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks)
+from gradbal._utils import torch_private
+from gradbal._utils.torch_private import GLOBAL_OPTIMIZER_HOOKS, OPTIMIZER_HOOKS
 
 
 class Facade(torch.optim.Optimizer):
@@ -32,7 +22,7 @@ class Facade(torch.optim.Optimizer):
 
     def _init_runtime(self) -> None:
         """Make what is neither saved nor copied."""
-        for name in HOOKS:
+        for name in OPTIMIZER_HOOKS:
             self.__dict__.setdefault(name, OrderedDict())
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
         self._patch_step_function()
@@ -48,7 +38,7 @@ class Facade(torch.optim.Optimizer):
         @wraps(labelled)
         def step(self: "Facade", *args: Any, **kwargs: Any) -> Any:
             hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-            if hooks or any(GLOBAL_HOOKS) or _profiler_enabled():
+            if hooks or any(GLOBAL_OPTIMIZER_HOOKS) or torch_private.profiler_enabled():
                 return labelled(self, *args, **kwargs)
             return step.bare(self, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -83,7 +73,7 @@ class Facade(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks, as torch does, and what a scheduler patched onto this very object."""
-        left_out = {*HOOKS, "step", "_opt_called"}
+        left_out = {*OPTIMIZER_HOOKS, "step", "_opt_called"}
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

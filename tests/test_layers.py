@@ -1,6 +1,7 @@
 """Imports only go down, and what a user imports stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A module may import from layers below its own, and from its own package.
 # A new module joins the lowest layer that works; a package stands for all its modules.
 LAYERS = [
+    {"_utils"},
     {"checks", "gram", "sharded", "walk"},
     {"graph", "phases", "rule", "blocks", "losses", "record", "wrapper"},
     {"distributed"},
@@ -131,7 +133,7 @@ def test_solvers_know_no_rule_and_crossings_no_optimizer() -> None:
         if layer(name) == "solvers":
             assert targets <= {"solvers", "checks", "gram"}, name
         if layer(name) == "crossing":
-            assert targets <= {"crossing", "gram", "sharded", "walk"}, name
+            assert targets <= {"_utils", "crossing", "gram", "sharded", "walk"}, name
         if layer(name) == "rules":
             below = {"rules", "rule", "registry", "checks", "gram", "solvers", "learner", "chain"}
             assert targets <= {*below, "transforms"}, name
@@ -178,6 +180,18 @@ def test_a_step_pulls_in_nothing_heavy_either() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+PRIVATE = re.compile(
+    r"""(?<![\w"'])_(saved|raw_saved)_|\._input_metadata|\._sequence_nr|\._use_count|_DDPSink"""
+    r"""|\._backward_hooks|_C\._|_profiler_enabled|\._cdata"""
+)
+
+
+def test_private_names_of_torch_stand_in_one_module() -> None:
+    for name, path in modules("gradbal").items():
+        if name != "_utils.torch_private":
+            assert not PRIVATE.findall(path.read_text()), name
 
 
 def test_both_packages_are_typed() -> None:

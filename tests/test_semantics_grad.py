@@ -1,5 +1,6 @@
 """``step`` sets ``.grad``, ``backward`` adds to it, as ``loss.backward()`` does."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -130,14 +131,49 @@ def test_backward_adds_into_views_of_one_flat_gradient() -> None:
     assert_same([flat], [whole], 1e-13)
 
 
-def test_a_gradient_that_the_user_cloned_is_the_users() -> None:
+@pytest.mark.parametrize("engine", ["sequential", "batched", "streaming", "representation"])
+@pytest.mark.parametrize("rule", ["ew", "upgrad", "graddrop"])
+def test_a_gradient_that_somebody_holds_is_never_overwritten(rule: str, engine: str) -> None:
+    """As in torch: an optimizer may keep ``p.grad`` by reference (optimistic gradients do)."""
+    if rule == "graddrop" and engine == "streaming":
+        engine = "factored"  # no engine without rows for a rule that works entry by entry
     model = Toy()
+    optimizer = wrapped(model, rule, engine=engine)
+    kept, copies = [], []
+    for batch in range(3):
+        optimizer.step(model.losses(batch))
+        kept.append([p.grad for p in model.parameters()])
+        copies.append(frozen_copy(grads(model)))
+        optimizer.zero_grad()
+    assert [frozen_copy(held) for held in kept] == copies
+
+
+def test_a_gradient_that_a_hook_holds_is_not_the_one_in_grad() -> None:
+    model, seen = Toy(), list[Tensor]()
+    weight = model.heads[0].weight
+    weight.register_hook(seen.append)
     optimizer = wrapped(model, "upgrad")
     optimizer.backward(model.losses())
-    kept = grads(model)
-    copies = frozen_copy(kept)
-    optimizer.step(model.losses(1))
-    assert frozen_copy(kept) == copies
+    once = seen[0].clone()
+    optimizer.backward(model.losses(1))
+    assert_same([seen[0]], [once], 0)
+
+
+@pytest.mark.parametrize("rule", ["ew", "uw", "famo", "upgrad"])
+@pytest.mark.parametrize("as_task", [True, False])
+def test_parameters_outside_the_optimizer_are_never_written(rule: str, as_task: bool) -> None:
+    """Also if they enter the graph after a warm-up, as the discriminator of a GAN does."""
+    model, other = Toy(2), fill(nn.Linear(5, 1), seed=5)
+    optimizer = wrapped(model, rule)
+    for step in range(5):
+        losses = dict(zip("ab", model.losses(step), strict=True))
+        if step >= 3:
+            adversarial = square(other(model.trunk(data(6, 4, seed=step))))
+            name = "adversarial" if as_task else "b"
+            losses[name] = losses.get(name, 0) + adversarial
+        optimizer.step(losses)
+    assert all(parameter.grad is None for parameter in other.parameters())
+    assert all(parameter.grad is not None for parameter in model.trunk.parameters())
 
 
 def test_gradients_of_two_optimizers_do_not_meet() -> None:
@@ -374,6 +410,35 @@ def test_reentrant_checkpoints_that_start_later(rule: str) -> None:
     z = checkpoint(model.trunk, data(6, 4).requires_grad_(), use_reentrant=True)
     optimizer.step([square(head(z)) for head in model.heads])
     assert all(p.grad is not None for p in model.trunk.parameters())
+
+
+def test_a_checkpoint_that_looks_like_the_layer_it_hides_is_noticed() -> None:
+    """One node stands for one node, so nothing but the missing gradient tells."""
+    conv = fill(nn.Conv1d(3, 3, 1, bias=False))
+    heads = fill(nn.ModuleList(nn.Linear(4, 1) for _ in range(2)), seed=7)
+    optimizer = wrapped(nn.ModuleList([conv, heads]), "ew")
+    image = data(5, 3, 4)
+
+    def losses(reentrant: bool) -> list[Tensor]:
+        given = image.clone().requires_grad_()
+        z = checkpoint(conv, given, use_reentrant=True) if reentrant else conv(given)
+        return [square(head(z)) for head in heads]
+
+    for _ in range(3):
+        optimizer.step(losses(reentrant=False))
+    before = frozen_copy(dict(conv.named_parameters()))
+    with pytest.raises(
+        RuntimeError,
+        match=re.escape(
+            "MTLOptimizer: a reentrant checkpoint appeared in the graph after the first steps and "
+            "hides its parameters; nothing was changed. Compute the losses again and repeat the "
+            "step, or pass use_reentrant=False to torch's checkpoint."
+        ),
+    ):
+        optimizer.step(losses(reentrant=True))
+    assert frozen_copy(dict(conv.named_parameters())) == before
+    optimizer.step(losses(reentrant=True))
+    assert conv.weight.grad is not None
 
 
 @pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])

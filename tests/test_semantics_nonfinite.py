@@ -1,6 +1,7 @@
 """``on_nonfinite``: raise and name the task, skip, or let it pass."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gradbal import MTLOptimizer
 from gradbal.registry import RULES
-from gradbal.rule import LossRule
+from gradbal.rule import Context, GradientRule, GramRule, LossRule, Rows, Rule
 
 NAN, INF = float("nan"), float("inf")
 ALL = pytest.mark.parametrize("rule", ONE_BATCH)
@@ -229,3 +230,66 @@ def test_overflow_of_the_gram_matrix_alone_is_no_overflow() -> None:
     large = grads(model.trunk)
     optimizer.step([y.mean() for y in model(x)])
     assert_same([g / 1e30 for g in large if g is not None], grads(model.trunk), 1e-4)
+
+
+class BadGram(GramRule):
+    """Divides by zero."""
+
+    def weights(self, gram: Tensor, ctx: Context) -> Tensor:
+        return gram.diagonal() / torch.tensor([1.0, 0.0, 1.0], dtype=gram.dtype)
+
+
+class BadLosses(LossRule):
+    """Returns NaN for one task."""
+
+    def weights(self, losses: Tensor, ctx: Context) -> Tensor:
+        return losses * torch.tensor([1.0, NAN, 1.0], dtype=losses.dtype)
+
+
+class BadDirection(GradientRule):
+    """Overflows in one entry."""
+
+    weighted = False
+
+    def direction(self, grads: Rows, indices: Sequence[int], ctx: Context) -> list[Tensor]:
+        return [
+            torch.full_like(rows[0], INF if i == indices[0] else 0)
+            for i, rows in zip(indices, grads, strict=True)
+        ]
+
+
+FAULTS = [
+    (BadGram(), "a weight for task 'b'"),
+    (BadLosses(), "a weight for task 'b'"),
+    (BadDirection(), "a direction"),
+]
+
+
+@pytest.mark.parametrize(("rule", "what"), FAULTS)
+def test_a_rule_that_returns_nan_is_named_and_changes_nothing(rule: Rule, what: str) -> None:
+    model = Toy()
+    optimizer = wrapped(model, rule)
+    before = everything(model, optimizer)
+    name = type(rule).__name__
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            f"MTLOptimizer: {name} returned {what} that is not finite in step 0, although losses "
+            "and task gradients are; nothing was changed. Check the options of the rule and the "
+            'scale of the losses, or pass on_nonfinite="skip" to leave such steps out.'
+        ),
+    ):
+        optimizer.step(model.named())
+    assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize(("rule", "what"), FAULTS)
+def test_a_rule_that_returns_nan_may_be_skipped_or_passed_on(rule: Rule, what: str) -> None:
+    model = Toy()
+    params = frozen_copy(dict(model.state_dict()))
+    optimizer = wrapped(model, rule, on_nonfinite="skip")
+    assert optimizer.step(model.named()) is None
+    assert frozen_copy(dict(model.state_dict())) == params
+    assert optimizer.core.skipped == 1
+    wrapped(model, rule, on_nonfinite="propagate").step(model.named())
+    assert not all(p.isfinite().all() for p in model.parameters())

@@ -39,7 +39,10 @@ def losses(points: Tensor, scale: float = 1.0) -> Tensor:
     x, y = points[..., :1], points[..., 1:]
     valleys = (0.5 * (-CENTRE * SIDES - x) + SIDES * y.tanh()).abs().clamp(min=LOWER).log() + 6
     half = (y / 2).tanh()
-    found = half.clamp(min=0) * valleys + (-half).clamp(min=0) * _bowls(x, y)
+    # At y = 0 both parts keep their slope, as in the papers' programs. Stated here, because torch
+    # 2.14 changed the gradient that `clamp` passes at its bound from 1 to 0.
+    above, below = torch.where(half >= 0, half, 0.0), torch.where(half <= 0, -half, 0.0)
+    found = above * valleys + below * _bowls(x, y)
     return found * torch.tensor([scale, 1.0], dtype=found.dtype)
 
 

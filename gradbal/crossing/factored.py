@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from gradbal._utils import torch_private
+from gradbal._utils.torch_private import LEAF, signed
 from gradbal.crossing.layers import Convolution, Layer, Lookup, Matmul, Outer, Sketch, Use
 from gradbal.crossing.products import Product
 from gradbal.crossing.segment import Cotangents, Crossing, Rows, RowStream, Segment
-from gradbal.walk import LEAF, Boundary
+from gradbal.walk import Boundary
 
 Path = tuple[Node, int, list[Node], Node]  # a layer, a slot of it, what is between, a parameter
 
-# By layer and slot of the parameter: what is saved for its gradient. Where a release of torch
-# names it otherwise, the gradient is formed.
+# By layer and slot of the parameter: the name of the tensor that is saved for its gradient. Where a
+# release of torch names it otherwise, the gradient is formed.
 SAVED = {
-    "MmBackward0": {0: "_saved_mat2", 1: "_saved_self"},
-    "AddmmBackward0": {1: "_saved_mat2", 2: "_saved_mat1"},
-    "BmmBackward0": {0: "_saved_mat2", 1: "_saved_self"},
-    "BaddbmmBackward0": {1: "_saved_batch2", 2: "_saved_batch1"},
-    "ConvolutionBackward0": {1: "_saved_input"},
-    "EmbeddingBackward0": {0: "_saved_indices"},
+    "MmBackward0": {0: "mat2", 1: "self"},
+    "AddmmBackward0": {1: "mat2", 2: "mat1"},
+    "BmmBackward0": {0: "mat2", 1: "self"},
+    "BaddbmmBackward0": {1: "batch2", 2: "batch1"},
+    "ConvolutionBackward0": {1: "input"},
+    "EmbeddingBackward0": {0: "indices"},
 }
-FIRST = ("_saved_mat2", "_saved_batch2")  # saved for the first of two operands
+FIRST = ("mat2", "batch2")  # saved for the first of two operands
 
 # Operations between layer and parameter after which its gradient has the same entries, in another
 # order or dtype; those in SAME if they do not change the shape.
@@ -89,7 +91,8 @@ def find_layers(
         if i is None or i in spoiled or (sketch is None and _never(param.numel(), n_tasks)):
             continue
         _, edges, uses = found.setdefault(i, (param.detach(), [], []))
-        use = None if param._backward_hooks else _read(node, slot, chain, param.shape)
+        hooked = torch_private.has_tensor_hooks(param)
+        use = None if hooked else _read(node, slot, chain, param.shape)
         if use is None or (uses and not use.goes_with(uses[0])):
             spoiled.add(i)
         else:
@@ -97,8 +100,10 @@ def find_layers(
             uses.append(use)
     layers = {}
     for i, (param, edges, uses) in found.items():
+        if i in spoiled:
+            continue
         small = None if sketch is None or not _shrinks(uses, sketch(i).size) else sketch(i)
-        if i not in spoiled and worthwhile(uses, n_tasks, None if small is None else small.size):
+        if worthwhile(uses, n_tasks, None if small is None else small.size):
             layers[i] = Layer(param, tuple(edges), uses, small)
     return layers
 
@@ -180,27 +185,27 @@ def _read(node: Any, slot: int, chain: Sequence[Node], shape: torch.Size) -> Use
     """Return what a layer has saved for the gradient of a parameter, if it can be used."""
     name = SAVED[type(node).__name__][slot]
     saved = _saved(node, name)
-    if saved is None or not saved.numel() or getattr(node, "_saved_alpha", 1) != 1:
+    if saved is None or not saved.numel() or torch_private.saved(node, "alpha", 1) != 1:
         return None
-    if name not in ("_saved_indices", "_saved_input"):
+    if name not in ("indices", "input"):
         return _matmul(saved, name in FIRST, chain, shape)
     axes = tuple(range(len(shape)))
     if _reordered(axes, shape, chain) != (axes, shape):
         return None
-    if name == "_saved_input":
-        space = node._saved_stride, node._saved_padding, node._saved_dilation
-        return Convolution(saved, shape, *space, node._saved_groups, node._saved_transposed)
-    if node._saved_sparse or node._saved_scale_grad_by_freq:
+    if name == "input":
+        names = ("stride", "padding", "dilation", "groups", "transposed")
+        return Convolution(saved, shape, *(torch_private.saved(node, name) for name in names))
+    if torch_private.saved(node, "sparse") or torch_private.saved(node, "scale_grad_by_freq"):
         return None
-    return Lookup(saved, _signed(node._saved_padding_idx), shape)
+    return Lookup(saved, signed(torch_private.saved(node, "padding_idx")), shape)
 
 
 def _saved(node: Node, name: str) -> Tensor | None:
     """Return a plain tensor that was saved without hooks."""
-    raw = getattr(node, f"_raw{name}", None)
-    if raw is None or getattr(raw, "unpack_hook", raw) is not None:
+    saved = torch_private.saved_tensor(node, name)
+    if saved is None:
         return None
-    saved: Tensor = getattr(node, name).detach()
+    saved = saved.detach()
     plain = type(saved) is Tensor and saved.layout == torch.strided and not saved.is_complex()
     return saved if plain else None
 
@@ -224,20 +229,15 @@ def _reordered(
         kind, n = type(node).__name__, len(axes)
         dims = list(range(n))  # where each axis above lies below
         if kind in SAME:
-            if tuple(node._saved_self_sym_sizes) != shape:
+            if tuple(torch_private.saved(node, "self_sym_sizes")) != shape:
                 return axes, ()
         elif kind == "TBackward0":
             dims.reverse()
         elif kind == "TransposeBackward0":
-            i, j = _signed(node._saved_dim0) % n, _signed(node._saved_dim1) % n
+            i, j = (signed(torch_private.saved(node, name)) % n for name in ("dim0", "dim1"))
             dims[i], dims[j] = j, i
         elif kind == "PermuteBackward0":
-            dims = [_signed(dim) % n for dim in node._saved_dims]
+            dims = [signed(dim) % n for dim in torch_private.saved(node, "dims")]
         back = [dims.index(i) for i in range(n)]
         axes, shape = tuple(axes[i] for i in back), tuple(shape[i] for i in back)
     return axes, shape
-
-
-def _signed(number: int) -> int:
-    """Undo what torch does to negative numbers that it saves."""
-    return number - 2**64 if number >= 2**63 else number

@@ -214,5 +214,5 @@ class Streamed(GramOnly):
 
     def direction(self, weights: Tensor) -> dict[int, Tensor]:
         """Return the weighted sum of the cotangents, and of the rows beside the trunk."""
-        beside = self.beside.direction(lambda group: weights, in_place=False)
+        beside = self.beside.direction(lambda group: weights)
         return super().direction(weights) | beside

@@ -118,12 +118,11 @@ class Keep:
         ]
         return summed(parts) if parts else torch.zeros(self.n_tasks, self.n_tasks).double()
 
-    def direction(self, weigh: Weigh, *, in_place: bool) -> dict[int, Tensor]:
-        """Return the weighted sum of the rows, one tensor per parameter.
+    def direction(self, weigh: Weigh) -> dict[int, Tensor]:
+        """Return the weighted sum of the rows in new tensors, one per parameter.
 
         Args:
             weigh: Gives the weights of a group, shape ``[m]``; None where no task reaches it.
-            in_place: Write into the flat storage, of which the gradients are views.
         """
         out: dict[int, Tensor] = {}
         for block in self.blocks:
@@ -131,10 +130,10 @@ class Keep:
             if weights is None:
                 continue
             rows, mine = block.mine(len(weights)), block.columns.mine
-            flat = block.flat if in_place else torch.empty_like(block.rows[0])
+            flat = torch.empty(block.columns.width, dtype=rows.dtype, device=rows.device)
             combine(rows, weights.to(rows.device), flat[mine])
             self.exchange.spread(block, flat)
-            views = block.views(flat, "flat" if in_place else None)
+            views = block.views(flat)
             out |= {number: view for number, view in views.items() if number in self.written}
         for number, column in self.sparse.items():
             weights = weigh(self.groups[number])
@@ -156,13 +155,6 @@ class Keep:
             if number in out and 0 not in kinds:
                 out[number] = out[number].to_sparse(max(kinds))
         return out
-
-    def buffers(self) -> dict[int, Tensor]:
-        """Return where each dense parameter's gradient is stored."""
-        views: dict[int, Tensor] = {}
-        for block in self.blocks:
-            views |= block.views(block.flat, "flat")
-        return views
 
     def stacks(self, group: str) -> dict[int, Tensor]:
         """Return the rows of each parameter of a group, shape ``[m, *shape]``."""

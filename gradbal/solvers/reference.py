@@ -174,12 +174,16 @@ def cvxpy_nash(
     unit = (norms / largest) ** ((1 - alpha) / (1 + alpha))  # p = unit * u, u of order one
     if demand is not None:
         unit = unit * demand[live] ** (1 / (1 + alpha))
-    u = cvxpy.Variable(len(norms), pos=True)
-    factors = unit.square().cpu().numpy()
+    factors = unit.square()
+    curvature = (unit @ cosines @ unit / factors.sum()).clamp(
+        min=1e-12
+    )  # small among opposed tasks
+    v = cvxpy.Variable(len(norms), pos=True)  # u in units in which it is of order one
     power = 1 - 1 / alpha
-    barrier = cvxpy.log(u) if alpha == 1 else cvxpy.power(u, power) / power
-    cost = 0.5 * cvxpy.sum_squares((root_of(cosines) * unit.cpu().numpy()) @ u) - factors @ barrier
-    shares = minimise(cost, u, [], gram)
+    barrier = cvxpy.log(v) if alpha == 1 else cvxpy.power(v, power) / power
+    root = root_of(cosines / curvature) * unit.cpu().numpy()
+    cost = 0.5 * cvxpy.sum_squares(root @ v) - factors.cpu().numpy() @ barrier
+    shares = minimise(cost, v, [], gram) * curvature ** (-alpha / (1 + alpha))
     points = unit * shares
     residual = (shares ** (1 / alpha) * (cosines @ points) / unit - 1).abs().amax()
     weights = points / norms * largest ** ((1 - alpha) / (1 + alpha))
@@ -220,10 +224,13 @@ def minimise(cost: Any, variable: Any, constraints: list[Any], like: Tensor) -> 
     """Solve and return the variable as a tensor like ``like``; ones where the solver gave up."""
     cvxpy = load_cvxpy()
     problem = cvxpy.Problem(cvxpy.Minimize(cost), constraints)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the tolerances, beyond reach, were not reached
-        with contextlib.suppress(cvxpy.SolverError):
-            problem.solve(solver=cvxpy.CLARABEL, **_TIGHT)
+    for tolerances in (_TIGHT, {}):  # rounding can make Clarabel give up before it is so close
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the tolerances, beyond reach, were not reached
+            with contextlib.suppress(cvxpy.SolverError):
+                problem.solve(solver=cvxpy.CLARABEL, **tolerances)
+        if variable.value is not None:
+            break
     if variable.value is None:
         return torch.ones(variable.shape, dtype=like.dtype, device=like.device)
     return torch.as_tensor(variable.value, dtype=like.dtype, device=like.device)

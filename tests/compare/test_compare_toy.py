@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_papers_programs(point: tuple[float, float]) -> 
 
 
 def test_at_the_origin_both_gradients_point_along_y() -> None:
-    """Both halves of the plane have a slope there, as ``clamp`` passes one at equality."""
+    """Both halves of the plane have a slope there, whatever slope ``clamp`` has at its bound."""
     found = slopes(torch.zeros(1, 2))[0]
     assert found[:, 0].tolist() == [0, 0]
     assert (found[:, 1] != 0).all()

@@ -463,3 +463,20 @@ def test_bad_options() -> None:
         "Factored: `chunk_size` must be >= 1, got 0.",
         lambda: engines.Factored(chunk_size=0),
     )
+
+
+def test_a_torch_that_does_not_show_hooks_is_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gradients are formed then: exact, with nothing gained, and never silently so."""
+    missing = "torch 2.7.0 does not show whether a saved tensor has hooks"
+    monkeypatch.setattr("gradbal._utils.torch_private.missing", lambda: missing)
+    model, alone = Toy(), Toy()
+    optimizer = wrapped(model, "upgrad", engine="factored")
+    for _ in range(2):
+        optimizer.step(model.losses())
+        wrapped(alone, "upgrad", engine="sequential").step(alone.losses())
+    assert_same(grads(model), grads(alone), 1e-12)
+    assert caplog.messages == [
+        f"Factored: task gradients are formed one by one, as with Sequential, because {missing}."
+    ]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import conflicting
 from solver_cases import EDGES, draw, rows
 from torch import Tensor
 
@@ -48,6 +49,15 @@ def test_scale_plays_no_part(size: float) -> None:
         found, judge = solve(small @ small.T), solve(jac @ jac.T)
         assert found.converged
         same(found.value * factor, judge.value, 1.0)
+
+
+@pytest.mark.parametrize("size", [1e-8 * (1 + k / 999) for k in range(6)] + [1e8])
+def test_the_reference_stays_a_judge_where_tasks_are_nearly_opposed(size: float) -> None:
+    """Rounding alone must not make Clarabel stop early: the problem is posed in its own units."""
+    jac = conflicting(8, seed=8) * size
+    found = cvxpy_nash(jac @ jac.T, alpha=2.0)
+    assert found.converged
+    assert found.residual < 5e-5
 
 
 def test_device_bound_callers_are_turned_away() -> None:
