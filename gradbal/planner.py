@@ -4,6 +4,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch.autograd.graph import get_gradient_edge
+
 from gradbal._utils import torch_private
 from gradbal._utils.torch_private import order_of_creation
 from gradbal.auto import ENGINES, Chooser
@@ -143,7 +145,7 @@ class Planner:
         It may if other tasks have losses, or if another number of nodes was recorded since the
         last batch; both are known without a walk.
         """
-        newest = order_of_creation(batch.joined.grad_fn)
+        newest = order_of_creation(get_gradient_edge(batch.joined).node)
         recorded = (batch.tasks, newest - self.newest)
         known, self.newest, self.recorded = self.recorded, newest, recorded
         return recorded != known

@@ -95,7 +95,7 @@ def signed(number: int) -> int:
 
 def output_metadata(node: Node) -> Sequence[Any]:
     """Return shape, dtype and device of what arrives at each output of a node in the backward."""
-    found: Sequence[Any] = node._input_metadata  # type: ignore[attr-defined]  # not in the stub
+    found: Sequence[Any] = node._input_metadata
     return found
 
 
