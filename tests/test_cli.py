@@ -213,6 +213,20 @@ def test_python_dash_m_is_the_same_command() -> None:
     assert run("-m", "gradbal", "--version") == f"gradbal {gradbal.__version__}\n"
 
 
+@pytest.mark.parametrize("words", [["--version"], ["list"]])
+def test_quick_commands_load_nothing_that_looks_for_a_compiler(words: list[str]) -> None:
+    code = f"""
+import sys
+from gradbal.cli import main
+try:
+    main({words})
+except SystemExit as ended:
+    assert ended.code == 0
+print("torch.utils.benchmark" in sys.modules, "torch.utils.cpp_extension" in sys.modules)
+"""
+    assert run("-c", code).splitlines()[-1] == "False False"
+
+
 def test_import_gradbal_stays_light() -> None:
     heavy = {"gradbal.cli", "gradbal.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
     code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "
