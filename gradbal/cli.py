@@ -5,20 +5,19 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from gradbal import __version__
+from gradbal import __version__, checks
 from gradbal.aggregation import aggregate
 from gradbal.bench.report import Report
 from gradbal.bench.rules import further, rule_times
 from gradbal.bench.steps import Target
 from gradbal.compare import command
-from gradbal.demo.report import NOTES
-from gradbal.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings
-from gradbal.engines import PRESETS, make_engine
+from gradbal.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings, check_rules
+from gradbal.engines import PRESETS
 from gradbal.registry import RULES, Entry, make_rule
 from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
 
@@ -38,34 +37,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code 0.
 
     Raises:
-        SystemExit: With the code 2 where an argument cannot be, after a sentence that says why.
+        SystemExit: With the code 2 where an argument is wrong, after a sentence that says why; with
+            130 after Ctrl-C, after a line that says what was reached.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names with accents, on terminals without
-    parser, demo, bench, compared = _parsers()
-    given = parser.parse_args(argv)
-    if given.command == "list":
-        rows = claim_rows() if given.claims else rule_rows()
-        print(markdown_table(rows) if given.markdown else plain_table(rows))
-    elif given.command == "demo":
-        _demo(demo, given)
-    elif given.command == "bench":
-        _bench(bench, given)
-    elif given.command == "compare":
-        _compare(compared, given, sys.argv[1:] if argv is None else argv)
-    else:
-        parser.print_help()
+    parser, parsers = _parsers()
+    given, unknown = parser.parse_known_args(argv)
+    chosen = parsers.get(given.command, parser)
+    if unknown:
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        if given.command == "list":
+            rows = claim_rows() if given.claims else rule_rows()
+            print(markdown_table(rows) if given.markdown else plain_table(rows))
+        elif given.command == "demo":
+            _demo(chosen, given)
+        elif given.command == "bench":
+            _bench(chosen, given)
+        elif given.command == "compare":
+            _compare(chosen, given, sys.argv[1:] if argv is None else argv)
+        else:
+            parser.print_help()
+    except KeyboardInterrupt as stop:
+        reached = f"; {stop}" if str(stop) else ""
+        chosen.exit(130, f"{chosen.prog}: interrupted{reached}.\n")
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it."""
 
+    def __init__(self, **options: Any) -> None:  # argparse's own
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
 
 
-def _parsers() -> tuple[_Parser, ...]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of the command line, and those of the commands by name."""
     parser = _Parser(prog="gradbal", description="Gradient balancing for several losses.")
     parser.add_argument("--version", action="version", version=f"gradbal {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -76,19 +87,22 @@ def _parsers() -> tuple[_Parser, ...]:
     demo = commands.add_parser("demo", help=what, description=f"{what.capitalize()}.")
     default = Settings()
     usual = f"{','.join(default.rules)}; with {SEARCH} {','.join(SEARCH_RULES)}"
-    demo.add_argument("--rules", help=f"names with commas between ({usual})")
-    archs = ", ".join(ARCHS)
-    demo.add_argument("--arch", default=default.arch, help=f"one of {archs} (%(default)s)")
-    demo.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
-    demo.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
-    demo.add_argument("--device", default=default.device, help="(%(default)s)")
+    demo.add_argument("--rules", help=f"names of rules, separated by commas ({usual})")
+    archs = f"how the tasks share parameters: {', '.join(ARCHS)} (%(default)s)"
+    demo.add_argument("--arch", default=default.arch, help=archs)
+    passes = "passes over the training pictures (%(default)s)"
+    demo.add_argument("--epochs", type=int, default=default.epochs, help=passes)
+    draws = "seed of pictures, initial weights, batches and rules (%(default)s)"
+    demo.add_argument("--seed", type=int, default=default.seed, help=draws)
+    device = "device to train on, as torch names it (%(default)s)"
+    demo.add_argument("--device", default=default.device, help=device)
     demo.add_argument(
-        "--out", type=Path, default=default.out, help="folder for two pictures (%(default)s)"
+        "--out", type=Path, default=default.out, help="folder for the pictures (%(default)s)"
     )
     bench, what = _bench_parser(commands), "compare rules honestly with tuned fixed weights"
     compared = commands.add_parser("compare", help=what, description=f"{what.capitalize()}.")
     command.add_arguments(compared)
-    return parser, demo, bench, compared
+    return parser, {"list": rules, "demo": demo, "bench": bench, "compare": compared}
 
 
 def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
@@ -104,10 +118,17 @@ def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
         metavar="module:function",
         help="returns (model, losses_fn), or adds an optimizer",
     )
-    bench.add_argument("--rules", help="names with commas between (all; with a function: upgrad)")
-    bench.add_argument("--engines", default=",".join(PRESETS), help="(%(default)s)")
     bench.add_argument(
-        "--tasks", type=int, nargs="+", default=(2, 3, 8, 16), help="numbers, without a function"
+        "--rules", help="names of rules, separated by commas (all; with a function: upgrad)"
+    )
+    engines = "names of engines, separated by commas; used with a function (%(default)s)"
+    bench.add_argument("--engines", default=",".join(PRESETS), help=engines)
+    bench.add_argument(
+        "--tasks",
+        type=int,
+        nargs="+",
+        default=(2, 3, 8, 16),
+        help="numbers of tasks, separated by spaces; used without a function (2 3 8 16)",
     )
     return bench
 
@@ -129,36 +150,38 @@ def _demo(parser: _Parser, given: argparse.Namespace) -> None:
     if settings.arch == SEARCH:
         _demo_search(settings)
         return
-    from gradbal.demo import run
+    from gradbal import demo
 
-    report = run(settings)
-    print(plain_table(report.rows()), NOTES, sep="\n\n")
-    print("Pictures:", *report.files)
+    report = demo.run(settings)
+    print(plain_table(report.rows()), report.words(), sep="\n\n", flush=True)
+    print("\nPictures:", *demo.draw(report, settings.out))
 
 
 def _demo_search(settings: Settings) -> None:
     from gradbal.demo import automtl
 
     found = automtl.run(settings)
-    for rule in found.policies:
-        print(f"The policy under {rule}\n", plain_table(found.policy_rows(rule)), "", sep="\n")
-    print(plain_table(found.rows()), automtl.NOTES, sep="\n\n")
-    print("Pictures:", *found.files)
+    for trial in found.trials:
+        print(f"The policy under {trial.rule}\n", plain_table(trial.rows()), "", sep="\n")
+    print(plain_table(found.rows()), found.words(), sep="\n\n", flush=True)
+    print("\nPictures:", *automtl.draw(found, settings.out))
 
 
 def _bench(parser: _Parser, given: argparse.Namespace) -> None:
     try:
         if given.target:
             rules, engines = _names(f"ew,{given.rules or 'upgrad'}"), _names(given.engines)
+            check_rules(parser.prog, rules)
             for engine in engines:
-                make_engine(engine)
+                checks.one_of(parser.prog, tuple(PRESETS), engines=engine)
             report = Report(Target.find(given.target), rules, engines, BENCH_SECONDS)
             print(plain_table(report.rows()), report.words(), sep="\n\n")
         else:
             rules = sorted(RULES) if given.rules is None else _names(given.rules)
+            check_rules(parser.prog, rules)
             print(plain_table(rule_times(rules, given.tasks)))
     except (TypeError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {str(error).removeprefix(f'{parser.prog}: ')}\n")
 
 
 def _compare(parser: _Parser, given: argparse.Namespace, words: Sequence[str]) -> None:

@@ -82,16 +82,17 @@ BAD = {
     ),
     "unknown engine": (
         ["mine:make", "--engines", "fast"],
-        f"MTLOptimizer: `engine` must be one of {', '.join(map(repr, PRESETS))}, got 'fast'.",
+        f"`engines` must be one of {', '.join(map(repr, PRESETS))}, got 'fast'.",
     ),
     "unknown rule": (
         ["mine:make", "--rules", "upgrda"],
-        "Unknown rule 'upgrda'. Did you mean 'upgrad'? `gradbal.rule_names()` lists all of them.",
+        "unknown rule 'upgrda'. Did you mean 'upgrad'? `gradbal list` shows all of them.",
     ),
     "unknown rule, no model": (
         ["--rules", "upgrda"],
-        "Unknown rule 'upgrda'. Did you mean 'upgrad'? `gradbal.rule_names()` lists all of them.",
+        "unknown rule 'upgrda'. Did you mean 'upgrad'? `gradbal list` shows all of them.",
     ),
+    "no rule": (["--rules", ","], "`rules` must name at least one rule."),
     "no tasks": (["--tasks", "0"], "`tasks` must be >= 1, got 0."),
 }
 

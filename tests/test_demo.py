@@ -1,16 +1,17 @@
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from gradbal.demo import Report, Settings, contest, data, run
+from gradbal.demo import Report, Settings, contest, data, draw, run
 from gradbal.demo.architectures import ARCHITECTURES
 from gradbal.demo.contest import Balanced, Learner, judge, new_model, train
 from gradbal.demo.data import Pictures, Splits, compose, split, two_digits
 from gradbal.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
-from gradbal.demo.report import HEADER, best_epoch, delta_m
+from gradbal.demo.report import HEADER, Look, Outcome, best_epoch, delta_m
 
 COPIES = (2, 1, 1)
 RULES = ("uw", "famo", "gradnorm", "graddrop", "upgrad")  # every kind of rule
@@ -157,7 +158,7 @@ def test_validation_chooses_the_epoch_that_is_tested(splits: Splits) -> None:
     model = new_model(settings, splits.train, settings.arch)
     alone = [Learner(task, copy.deepcopy(model), settings) for task in TASKS]
     together = [Balanced("ew", copy.deepcopy(model), settings)]
-    train([*alone, *together], splits, settings)
+    train(alone, together, splits, settings)
     for epoch, scores in enumerate(together[0].validation):
         scores.update(left=0.5, right=0.5, distance=0.1 if epoch == 1 else 0.2)
     alone[2].validation[0]["distance"] = 0.01
@@ -191,6 +192,57 @@ def test_table_has_a_row_per_rule(report: Report) -> None:
         assert 0 <= float(row[6]) <= 100
 
 
+def test_the_words_give_the_numbers_of_the_table(report: Report) -> None:
+    _, _, *rows = report.rows()
+    words = report.words().splitlines()
+    for column, start, end in ((4, "- Delta_m is ", ". Above 0"), (5, "- A step takes ", " times")):
+        (line,) = (line for line in words if line.startswith(start))
+        low, high = (choose(rows, key=lambda row: float(row[column])) for choose in (min, max))
+        said = line.removeprefix(start).partition(end)[0]
+        assert said == f"{low[column]} ({low[0]}) to {high[column]} ({high[0]})"
+
+
+def test_the_words_name_the_task_that_changes_most() -> None:
+    alone = Outcome("single task", [], {"left": 0.8, "right": 0.5, "distance": 0.2})
+    look = Look(0, None, {}, False)
+    outcomes = [
+        Outcome(name, [], {"left": 0.72, "right": right, "distance": 0.15}, [time], [look])
+        for name, right, time in (("ew", 0.5, 2.0), ("uw", 0.4, 3.0))
+    ]
+    words = Report(alone, outcomes).words()
+    assert (
+        "- Delta_m is -5.0 (ew) to +1.7 (uw). Above 0, sharing a network made the tasks worse than "
+        "a\n  network for each; below 0, better.\n"
+        "- By task, the mean change for the worse is left +10.0 %, right +10.0 %, distance "
+        "-25.0 %:\n  most of Delta_m comes from distance.\n"
+        "- A step takes 1.00 (ew) to 1.50 (uw) times as long as with the plain sum, ew.\n"
+    ) in words
+    assert "- Delta_m is -5.0 (ew). Above 0" in Report(alone, outcomes[:1]).words()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (25, "0 of 3 epochs are trained, so there are no scores yet"),
+        (50, "1 of 3 epochs are trained, with Delta_m % on the validation pictures: ew @, uw @"),
+    ],
+)
+def test_an_interrupted_training_says_how_far_it_came(
+    steps: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, step = iter(range(steps)), Balanced.step
+
+    def counted(self: Balanced, batch: Pictures, number: int) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        step(self, batch, number)
+
+    monkeypatch.setattr(Balanced, "step", counted)
+    wanted = re.escape(said).replace("@", r"[+-]\d+\.\d")
+    with pytest.raises(KeyboardInterrupt, match=f"^{wanted}$"):
+        run(Settings(rules=("uw",), epochs=3, out=tmp_path), copies=(8, 2, 1))
+
+
 def test_weights_are_seen_where_a_rule_has_some(report: Report) -> None:
     last = {outcome.name: outcome.looks[-1].weights for outcome in report.outcomes}
     assert last.pop("graddrop") is None
@@ -198,8 +250,10 @@ def test_weights_are_seen_where_a_rule_has_some(report: Report) -> None:
     assert all(weights is not None and tuple(weights) == TASKS for weights in last.values())
 
 
-def test_pictures_are_png_files(report: Report) -> None:
-    for file in report.files:
+def test_pictures_are_png_files(report: Report, tmp_path: Path) -> None:
+    files = draw(report, tmp_path)
+    assert [file.name for file in files] == ["learning-curves.png", "weights-and-cosines.png"]
+    for file in files:
         content = file.read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(content[16:20], "big") > 1000  # width in pixels

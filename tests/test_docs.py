@@ -28,6 +28,15 @@ def test_pages_with_other_packages_are_there() -> None:
     assert len([page for page in pages() if snippets(page)]) > 12
 
 
+def test_links_of_the_readme_lead_somewhere_from_a_package_index_too() -> None:
+    targets = re.findall(r"\]\(([^)]*)\)", (DOCS.parent / "README.md").read_text("utf-8"))
+    assert targets
+    for target in targets:
+        assert target.startswith("https://")
+        page = target.removeprefix("https://github.com/gradbal/gradbal/blob/main/")
+        assert page == target or (DOCS.parent / page).is_file()
+
+
 def test_code_in_other_fences_is_no_python() -> None:
     """What is not run says so: it is of other libraries, on the page on coming from elsewhere."""
     for page in pages():

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from gradbal.aggregation import Elsewhere, aggregate
 from gradbal.registry import make_rule
@@ -38,6 +37,8 @@ def rule_times(
 
 def _microseconds(rule: Rule, n_tasks: int, seconds: float) -> str:
     """Time a rule from its second step on."""
+    from torch.utils.benchmark import Timer  # heavy; on a CUDA build it looks for a compiler
+
     jacobian = torch.randn(n_tasks, WIDTH, generator=torch.Generator().manual_seed(n_tasks))
     losses = torch.linspace(1, 2, n_tasks)
     given: dict[str, Any] = {"losses": losses, "more": further(rule, jacobian, losses)}

@@ -1,7 +1,7 @@
 """Compare rules honestly: problems, their figures, and how these are summed up.
 
-Pictures need matplotlib, of the extra ``demo``; nothing in ``gradbal`` but the command imports
-this package.
+Needs the packages of the extra ``compare``; nothing in ``gradbal`` but the command imports this
+package.
 """
 
 from gradbal.compare.contest import Contest

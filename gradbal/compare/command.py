@@ -9,21 +9,23 @@ from typing import Any
 
 from gradbal import checks
 from gradbal.compare import run, toy_runs
-from gradbal.compare.problems import PROBLEMS
+from gradbal.compare.problems import PROBLEMS, check_problem
 from gradbal.compare.settings import OPTIMIZERS, OWNER, RULES_BY_DEFAULT, Settings
 from gradbal.compare.tables import markdown
 from gradbal.compare.toy import PROTOCOLS
-from gradbal.demo.settings import new_folder
+from gradbal.demo.settings import check_packages, new_folder
 
 TOY = "toy"
+NAMES = (TOY, *PROBLEMS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     some = Settings(problem=PROBLEMS[0])
-    several = f"names with commas between ({','.join(some.rules)})"
+    several = f"names of rules, separated by commas ({','.join(some.rules)})"
+    separated = "names of architectures, separated by commas (%(default)s)"
     archs, lrs = ",".join(some.archs), ",".join(f"{lr:g}" for lr in some.lrs)
-    parser.add_argument("problem", metavar="problem", help=f"{TOY}, {', '.join(PROBLEMS)}")
+    parser.add_argument("problem", metavar="problem", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--path", type=Path, help="where the problem's files are")
     parser.add_argument(
         "--option",
@@ -33,27 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the problem's loader, such as targets=2; may be given several times",
     )
     parser.add_argument("--rules", help=several)
-    parser.add_argument("--archs", default=archs, help="names with commas between (%(default)s)")
-    parser.add_argument("--lrs", default=lrs, help="learning rates to try (%(default)s)")
-    parser.add_argument("--optimizer", default=some.optimizer, help=f"{', '.join(OPTIMIZERS)}")
+    parser.add_argument("--archs", default=archs, help=separated)
+    rates = "learning rates to try, separated by commas (%(default)s)"
+    parser.add_argument("--lrs", default=lrs, help=rates)
+    bases = f"base optimizer: {', '.join(OPTIMIZERS)} (%(default)s)"
+    parser.add_argument("--optimizer", default=some.optimizer, help=bases)
     numbers = {
-        "front": "vectors of fixed weights to try",
-        "epochs": "at most",
-        "patience": "epochs without a better one",
-        "batch": "examples; the problem's own",
-        "seeds": "how many",
-        "tuned-on": "seeds on which learning rates are tried",
-        "jobs": "processes",
+        "front": "number of vectors of fixed weights to try",
+        "epochs": "largest number of passes over the training examples",
+        "patience": "epochs without improvement on validation after which a run ends",
+        "batch": "examples in a batch (the problem's own)",
+        "seeds": "number of seeds",
+        "tuned-on": "number of seeds on which all learning rates are tried",
+        "jobs": "number of processes",
     }
     for name, words in numbers.items():
         default = getattr(some, name.replace("-", "_"))
         shown = words if default is None else f"{words} ({default})"
         parser.add_argument(f"--{name}", type=int, default=default, help=shown)
-    parser.add_argument("--device", default=some.device, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=some.out, help="folder (%(default)s)")
-    parser.add_argument("--protocol", default="nash", help=f"{TOY}: {', '.join(PROTOCOLS)}")
-    parser.add_argument("--copies", type=int, default=3, help=f"{TOY}: runs from each start")
-    parser.add_argument("--steps", type=int, help=f"{TOY}: other than the protocol has")
+    device = "device to train on, as torch names it (%(default)s)"
+    parser.add_argument("--device", default=some.device, help=device)
+    folder = "folder for finished runs, tables and pictures (%(default)s)"
+    parser.add_argument("--out", type=Path, default=some.out, help=folder)
+    program = f"{TOY}: program of a paper, one of {', '.join(PROTOCOLS)} (%(default)s)"
+    parser.add_argument("--protocol", default="nash", help=program)
+    copies = f"{TOY}: number of runs from each start (%(default)s)"
+    parser.add_argument("--copies", type=int, default=3, help=copies)
+    parser.add_argument("--steps", type=int, help=f"{TOY}: number of steps (the program's own)")
 
 
 def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
@@ -69,6 +77,7 @@ def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
     Raises:
         ValueError: If an argument cannot be.
     """
+    check_problem(given.problem, NAMES)
     if given.problem == TOY:
         return _toy(given)
     settings = Settings(
@@ -99,6 +108,7 @@ def _toy(given: argparse.Namespace) -> str:
     checks.one_of(OWNER, tuple(PROTOCOLS), protocol=given.protocol)
     checks.at_least(OWNER, 1, copies=given.copies, jobs=given.jobs, steps=given.steps or 1)
     rules = _names(given.rules) if given.rules else toy_runs.RULES_BY_DEFAULT
+    check_packages(OWNER, "compare", ("matplotlib",))
     new_folder(OWNER, given.out)
     options = {"copies": given.copies, "jobs": given.jobs, "steps": given.steps}
     records, failures = toy_runs.run(given.protocol, rules, given.out, **options)

@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
@@ -68,26 +69,35 @@ def run(
 
     Returns:
         What came out, earlier runs included, and for every cell that raised the reason.
+
+    Raises:
+        KeyboardInterrupt: If interrupted; its text says what is kept.
     """
     records = read_records(path, kind)
     write_records(path, records)
     missing = [cell for cell in cells if cell not in records]
     failures: dict[C, str] = {}
     done = len(cells) - len(missing)
-    with (
-        path.open("a") as file,
-        _progress(len(cells), done, quiet) as bar,
-    ):
-        for cell, result in _trained(missing, train, jobs):
-            if bar is not None:
-                bar.set_postfix_str(str(cell), refresh=False)
-                bar.update()
-            if isinstance(result, kind):
-                records[cell] = result
-                file.write(_line(result))
-                file.flush()
-            else:
-                failures[cell] = result
+    try:
+        with (
+            path.open("a") as file,
+            _progress(len(cells), done, quiet) as bar,
+            closing(_trained(missing, train, jobs)) as results,
+        ):
+            for cell, result in results:
+                if bar is not None:
+                    bar.set_postfix_str(str(cell), refresh=False)
+                    bar.update()
+                if isinstance(result, kind):
+                    records[cell] = result
+                    file.write(_line(result))
+                    file.flush()
+                else:
+                    failures[cell] = result
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{path} keeps {len(records)} finished runs, and the same command goes on from there"
+        ) from None
     return {cell: records[cell] for cell in cells if cell in records}, failures
 
 
@@ -100,24 +110,30 @@ def _progress(total: int, done: int, quiet: bool) -> Any:  # tqdm's bar
     return tqdm(total=total, initial=done, unit="cell")
 
 
-def _trained(cells: Sequence[C], train: Callable[[C], R], jobs: int) -> Iterator[tuple[C, R | str]]:
+def _trained(
+    cells: Sequence[C], train: Callable[[C], R], jobs: int
+) -> Generator[tuple[C, R | str], None, None]:
     """Yield the cells as they are finished."""
     attempt = partial(_attempt, train)
     if jobs == 1:
         yield from ((cell, attempt(cell)) for cell in cells)
         return
     # a fork would inherit threads of torch in an unknown state
+    others = {*active_children()}
     with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent) as pool:
         futures = {pool.submit(attempt, cell): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        finally:  # else an interrupted run would go on to its end
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # interrupted: the workers would first finish what they have begun
+            for worker in {*active_children()} - others:
+                worker.terminate()
+            raise
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, however it went."""
+    """End this process as soon as the one that started it is gone, and silently by Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if (parent := parent_process()) is not None:
         Thread(target=_await, args=(parent,), daemon=True).start()
 

@@ -13,9 +13,10 @@ from gradbal.checks import did_you_mean
 from gradbal.compare import problems
 from gradbal.compare.problem import Problem
 from gradbal.demo.architectures import ARCHITECTURES, PLAIN
-from gradbal.demo.settings import check_device, check_rules, new_folder
+from gradbal.demo.settings import check_device, check_packages, check_rules, new_folder
 
 OWNER = "gradbal compare"
+PACKAGES = ("scipy", "matplotlib")  # for the intervals and the pictures
 RULES_BY_DEFAULT = ("uw", "famo", "pcgrad", "cagrad", "nash_mtl", "upgrad")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),
@@ -109,11 +110,13 @@ class Settings:
         return _loaded(self.problem, self.path, self.options, seed)
 
     def prepare(self) -> Problem:
-        """Make sure that training will not be in vain; return the problem of the first seed.
+        """Check before training what is needed after it; return the problem of the first seed.
 
         Raises:
-            ValueError: If the problem cannot be loaded, or there is no folder.
+            ValueError: If a package is missing, if the problem cannot be loaded, or if no file
+                can be written into the folder.
         """
+        check_packages(OWNER, "compare", PACKAGES)
         data = self.load(0)
         new_folder(OWNER, self.out)
         return data

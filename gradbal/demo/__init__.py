@@ -4,5 +4,6 @@ Needs the packages of the extra ``demo``; nothing in ``gradbal`` imports this on
 """
 
 from gradbal.demo.contest import run as run
+from gradbal.demo.plots import draw as draw
 from gradbal.demo.report import Report as Report
 from gradbal.demo.settings import Settings as Settings

@@ -21,7 +21,7 @@ from gradbal.demo.architectures import Stages
 from gradbal.demo.contest import BATCH, Balanced, Learner, judge, net_of, one_thread, train
 from gradbal.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
 from gradbal.demo.model import FEATURES, TASKS, heads
-from gradbal.demo.report import Outcome, delta_m, shown
+from gradbal.demo.report import SCORES, Outcome, delta_m, shown
 from gradbal.demo.settings import Settings
 from gradbal.optimizer import MTLOptimizer
 
@@ -30,13 +30,18 @@ SHARE = (6, 2)  # of the steps of training: one in six to pre-train, one in two 
 LOOKS = 20  # at the policy while it is searched
 HEADER = ("network", "left %", "right %", "distance px", "Delta_m %", "parameters", "operations")
 NOTES = f"""\
-left, right: digits read rightly; distance: mean absolute error. On the test pictures, used once,
-  with each network as it was after its best epoch on the validation pictures.
-Delta_m: mean relative change against one network for each task; lower is better.
-operations: multiply-adds on one picture.
-All networks start alike and are trained alike. The search comes on top, and what it learned beside
-  the policy is thrown away: 1/{SHARE[0]} and 1/{SHARE[1]} as many steps, of several times the work.
-One seed and one learning rate: an example, not a ranking."""
+{SCORES}
+operations: multiply-adds on one picture."""
+COSTS = f"""\
+- All networks start alike and are trained alike. The search comes on top, and only its policy is
+  kept. Pre-training takes 1/{SHARE[0]} as many steps, the search 1/{SHARE[1]}, each several times
+  as long.
+- One seed and one learning rate: this is an example, not a ranking."""
+NEXT = """\
+What to try next:
+  gradbal demo --arch automtl --seed 1     shows how much of the differences is chance
+  gradbal demo --arch automtl --rules ew   searches with the plain sum of the losses
+  docs/automtl.md                          says how to search in a network of your own"""
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
@@ -82,15 +87,11 @@ class Findings:
 
     Attributes:
         networks: One network for each task, then hard sharing and AutoMTL under every rule.
-        operators: Names of what was searched, from the input on.
-        policies: By rule and task, the branch of each operator.
-        files: The pictures that were saved.
+        trials: What the search under each rule led to.
     """
 
     networks: list[Network]
-    operators: tuple[str, ...]
-    policies: dict[str, dict[str, list[int]]]
-    files: list[Path]
+    trials: "list[Trial]"
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table of networks, header first."""
@@ -109,17 +110,22 @@ class Findings:
             ),
         ]
 
-    def policy_rows(self, rule: str) -> list[tuple[str, ...]]:
-        """Return the table of a policy, header first."""
-        policy = self.policies[rule]
-        branches = zip(*(policy[task] for task in TASKS), strict=True)
-        return [
-            ("operator", *TASKS),
-            *(
-                (name, *(plots.BRANCHES[branch] for branch in row))
-                for name, row in zip(self.operators, branches, strict=True)
-            ),
-        ]
+    def words(self) -> str:
+        """Say what the columns are, what the numbers of this run mean, and what to try next."""
+        alone, *shared = self.networks
+        said = []
+        for trial, sharing, found in zip(self.trials, shared[::2], shared[1::2], strict=True):
+            ours, theirs = (delta_m(n.outcome.test, alone.outcome.test) for n in (found, sharing))
+            size, work = (
+                getattr(found, of) / getattr(sharing, of) for of in ("parameters", "operations")
+            )
+            said.append(
+                f"- Under {trial.rule}, the network that AutoMTL found has Delta_m {ours:+.1f}, "
+                f"hard sharing {theirs:+.1f}.\n  It has {size:.2f} times as many parameters and "
+                f"takes {work:.2f} times as many operations."
+            )
+        meaning = ["What the numbers of this run mean:", *said, COSTS]
+        return "\n\n".join([NOTES, "\n".join(meaning), NEXT])
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,18 @@ class Trial:
     record: Any
     models: dict[str, Any]
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table of the policy, header first."""
+        policy = self.record.policy
+        branches = zip(*(policy[task] for task in TASKS), strict=True)
+        return [
+            ("operator", *TASKS),
+            *(
+                (name, *(plots.BRANCHES[branch] for branch in row))
+                for name, row in zip(self.operators, branches, strict=True)
+            ),
+        ]
+
 
 def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Findings:
     """Search under every rule, train what was found beside what it must beat, and test once.
@@ -147,21 +165,19 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Finding
         copies: Size of the data set, see :func:`gradbal.demo.data.two_digits`.
 
     Raises:
-        ValueError: If a package is missing or the folder cannot be made.
+        ValueError: If a package is missing or no file can be written into the folder.
+        KeyboardInterrupt: If interrupted; its text says how far training came.
     """
     settings.prepare()
     with one_thread():
         splits = Splits(
             *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
         )
-        trials = [search(rule, splits.train, settings) for rule in settings.rules]
-        networks = compare(trials, splits, settings)
-    return Findings(
-        networks,
-        trials[0].operators,
-        {trial.rule: trial.record.policy for trial in trials},
-        [file for trial in trials for file in draw(trial, settings.out)],
-    )
+        try:
+            trials = [search(rule, splits.train, settings) for rule in settings.rules]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the search is not finished, so there is no policy") from None
+        return Findings(compare(trials, splits, settings), trials)
 
 
 def search(rule: str, pictures: Pictures, settings: Settings) -> Trial:
@@ -198,29 +214,30 @@ def compare(trials: Sequence[Trial], splits: Splits, settings: Settings) -> list
     cost = import_module("arch_zoo.automtl.costs").model_cost
     separate, sharing, _ = trials[0].models.values()
     alone = [Learner(t, net_of(splits.train, copy.deepcopy(sharing)), settings) for t in TASKS]
-    bodies, together, names = [separate], [], []
+    bodies, together = [separate], []
     for trial in trials:
         _, *both = trial.models.values()
         bodies += both
-        together += [Balanced(trial.rule, net_of(splits.train, body), settings) for body in both]
-        names += [f"hard sharing, {trial.rule}", f"AutoMTL, {trial.rule}"]
-    train([*alone, *together], splits, settings)
+        for kind, body in zip(("hard sharing", "AutoMTL"), both, strict=True):
+            net, name = net_of(splits.train, body), f"{kind}, {trial.rule}"
+            together.append(Balanced(trial.rule, net, settings, name))
+    train(alone, together, splits, settings)
     baseline, outcomes = judge(alone, together, splits.test)
-    for name, outcome in zip(
-        (f"{len(TASKS)} networks", *names), (baseline, *outcomes), strict=True
-    ):
-        outcome.name = name
+    baseline.name = f"{len(TASKS)} networks"
     costs = [cost(body, splits.test.images[:1]) for body in bodies]
     return [Network(o, *c) for o, c in zip((baseline, *outcomes), costs, strict=True)]
 
 
-def draw(trial: Trial, folder: Path) -> list[Path]:
-    """Draw the policy, and how it came about."""
+def draw(found: Findings, folder: Path) -> list[Path]:
+    """Draw each policy, and how it came about; return the files."""
     picture = import_module("arch_zoo.automtl.picture").policy_picture
-    choices = {t: F.one_hot(torch.tensor(trial.record.policy[t]), 3).float() for t in TASKS}
-    files = [folder / f"{what}-{trial.rule}.png" for what in ("policy", "search")]
-    picture(choices, trial.operators).savefig(files[0], dpi=120)
-    plots.search_course(trial.record.course, files[1])
+    files = []
+    for trial in found.trials:
+        choices = {t: F.one_hot(torch.tensor(trial.record.policy[t]), 3).float() for t in TASKS}
+        policy, course = (folder / f"{what}-{trial.rule}.png" for what in ("policy", "search"))
+        picture(choices, trial.operators).savefig(policy, dpi=120)
+        plots.search_course(trial.record.course, course)
+        files += [policy, course]
     return files
 
 

@@ -8,7 +8,6 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from gradbal.demo import plots
 from gradbal.demo.architectures import PLAIN, build
 from gradbal.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
 from gradbal.demo.model import (
@@ -29,14 +28,15 @@ BATCH, LR = 64, 4e-3  # the same for all rules, tuned for none
 
 
 def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
-    """Train, choose epochs on the validation pictures, test once, and save the two pictures.
+    """Train, choose epochs on the validation pictures, and test once.
 
     Args:
         settings: What users may set.
         copies: Size of the data set, see :func:`gradbal.demo.data.two_digits`.
 
     Raises:
-        ValueError: If a package is missing or the folder cannot be made.
+        ValueError: If a package is missing or no file can be written into the folder.
+        KeyboardInterrupt: If interrupted; its text says how far training came.
     """
     settings.prepare()
     with one_thread():
@@ -47,13 +47,8 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
         model = new_model(settings, splits.train, settings.arch)
         alone = [Learner(task, copy.deepcopy(single), settings) for task in TASKS]
         together = [Balanced(rule, copy.deepcopy(model), settings) for rule in settings.contestants]
-        train([*alone, *together], splits, settings)
-        outcomes = judge(alone, together, splits.test)
-    curves, weights = settings.out / "learning-curves.png", settings.out / "weights-and-cosines.png"
-    report = Report(*outcomes, (curves, weights))
-    plots.learning_curves(report, curves)
-    plots.weights_and_cosines(report, weights)
-    return report
+        train(alone, together, splits, settings)
+        return Report(*judge(alone, together, splits.test))
 
 
 @contextmanager
@@ -121,19 +116,29 @@ class Learner:
 
 
 class Balanced(Learner):
-    """A network that learns all tasks, balanced by a rule."""
+    """A network that learns all tasks, balanced by a rule.
+
+    Args:
+        rule: Name of the rule.
+        model: The network; nobody else's.
+        settings: What users may set.
+        name: What the table calls it; None for the rule's name.
+    """
 
     optimizer: MTLOptimizer
 
-    def __init__(self, name: str, model: TwoDigitNet, settings: Settings) -> None:
-        super().__init__(name, model, settings)
+    def __init__(
+        self, rule: str, model: TwoDigitNet, settings: Settings, name: str | None = None
+    ) -> None:
+        self.rule = rule
+        super().__init__(name or rule, model, settings)
         self.times: list[float] = []
         self.looks: list[Look] = []
         observer = torch.optim.SGD(self.model.parameters(), lr=0.0)  # never stepped
         self.observer = MTLOptimizer(observer, "pcgrad")
 
     def make_optimizer(self, settings: Settings) -> MTLOptimizer:
-        return MTLOptimizer(super().make_optimizer(settings), self.name, seed=settings.seed)
+        return MTLOptimizer(super().make_optimizer(settings), self.rule, seed=settings.seed)
 
     def step(self, batch: Pictures, number: int) -> None:
         """Learn from a batch, take the time, and now and then look at the gradients."""
@@ -162,8 +167,27 @@ class Balanced(Learner):
         self.model.end_epoch()
 
 
-def train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> None:
-    """Give every batch to every learner in turn, so that speed and course compare."""
+def train(
+    alone: Sequence[Learner], together: Sequence[Balanced], splits: Splits, settings: Settings
+) -> None:
+    """Give every batch to every learner in turn, so that speed and course compare.
+
+    Args:
+        alone: One learner for each task.
+        together: Learners of all tasks.
+        splits: The pictures.
+        settings: What users may set.
+
+    Raises:
+        KeyboardInterrupt: If interrupted; its text gives the scores so far.
+    """
+    try:
+        _train([*alone, *together], splits, settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_so_far(alone, together, settings.epochs)) from None
+
+
+def _train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> None:
     from tqdm import tqdm
 
     generator = torch.Generator().manual_seed(settings.seed)
@@ -179,6 +203,20 @@ def train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> No
                 bar.update()
             for learner in learners:
                 learner.end_epoch(splits.validation)
+
+
+def _so_far(alone: Sequence[Learner], together: Sequence[Balanced], epochs: int) -> str:
+    """Say in one line what the epochs that everyone has finished gave."""
+    done = min(len(learner.validation) for learner in (*alone, *together))
+    said = f"{done} of {epochs} epochs are trained"
+    if not done:
+        return f"{said}, so there are no scores yet"
+    single = {learner.name: learner.validation[done - 1][learner.name] for learner in alone}
+    scores = ", ".join(
+        f"{learner.name} {delta_m(learner.validation[done - 1], single):+.1f}"
+        for learner in together
+    )
+    return f"{said}, with Delta_m % on the validation pictures: {scores}"
 
 
 def judge(

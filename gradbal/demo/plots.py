@@ -13,6 +13,14 @@ GREYS = ("black", "0.4", "0.65")
 BRANCHES = ("shared", "own copy", "skipped")  # of AutoMTL
 
 
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Draw both pictures of a contest; return the files."""
+    curves, weights = folder / "learning-curves.png", folder / "weights-and-cosines.png"
+    learning_curves(report, curves)
+    weights_and_cosines(report, weights)
+    return [curves, weights]
+
+
 def learning_curves(report: Report, path: Path) -> None:
     """Draw the validation errors after each epoch, one panel per task.
 

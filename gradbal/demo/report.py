@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -21,14 +20,21 @@ HEADER = (
     "time / ew",
     "conflicts %",
 )
+SCORES = """\
+left, right: share of the digits that are read correctly; distance: mean absolute error. All are
+  measured once, on the test pictures, with the weights of the best epoch on validation.
+Delta_m: mean relative change against networks that learn one task each; lower is better."""
 NOTES = f"""\
-left, right: digits read rightly; distance: mean absolute error. On the test pictures, used once,
-  with each network as it was after its best epoch on the validation pictures.
-Delta_m: mean relative change against the single-task networks; lower is better.
+{SCORES}
 time: median of all steps; the rules are trained in turn, in one process, on the same batches.
-conflicts: share of the steps looked at (one in {LOOK_EVERY}) in which some pair of task gradients
-  has a negative cosine; for rules that look at no gradients it is measured beside, and not timed.
-One learning rate for all rules, tuned for none: an example, not a ranking."""
+conflicts: share of the steps inspected (one in {LOOK_EVERY}) in which some pair of task gradients
+  has a negative cosine; for rules that use no gradients it is measured separately and not timed."""
+NEXT = """\
+What to try next:
+  gradbal demo --seed 1         shows how much of the differences is chance
+  gradbal demo --arch MMoE      gives every task its own mixture of three experts
+  gradbal compare two_digits    tunes every rule alike, on several seeds, against fixed weights
+  gradbal list                  shows all rules"""
 
 
 class Look(NamedTuple):
@@ -89,12 +95,10 @@ class Report:
     Attributes:
         baseline: The single-task networks, taken together.
         outcomes: One per rule; the first is the reference of the step times.
-        files: The pictures that were saved.
     """
 
     baseline: Outcome
     outcomes: list[Outcome]
-    files: tuple[Path, Path]
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table of results, header first."""
@@ -112,6 +116,47 @@ class Report:
                 )
             )
         return rows
+
+    def words(self) -> str:
+        """Say what the columns are, what the numbers of this run mean, and what to try next."""
+        alone, outcomes = self.baseline.test, self.outcomes
+        changes = {outcome.name: delta_m(outcome.test, alone) for outcome in outcomes}
+        by_task = {
+            task: mean(delta_m({task: o.test[task]}, {task: alone[task]}) for o in outcomes)
+            for task in TASKS
+        }
+        most = max(by_task, key=lambda task: abs(by_task[task]))
+        times = {outcome.name: median(outcome.times) for outcome in outcomes}
+        ratios = {name: time / times[outcomes[0].name] for name, time in times.items()}
+        return "\n\n".join(
+            [
+                NOTES,
+                "What the numbers of this run mean:\n"
+                f"- Delta_m is {_range(changes, '+.1f')}. Above 0, sharing a network made the "
+                "tasks worse than a\n  network for each; below 0, better.\n"
+                f"- By task, the mean change for the worse is {_listed(by_task)}:\n"
+                f"  most of Delta_m comes from {most}.\n"
+                f"- A step takes {_range(ratios, '.2f')} times as long as with the plain sum, "
+                "ew.\n  Rules that use gradients need a backward pass for each task.\n"
+                "- Expect small differences between rules: a rule only changes how the three task "
+                "gradients are\n  added up. The network, the batches and the learning rate, which "
+                "is tuned for none of them, are\n  the same. With one seed, a few points of "
+                "Delta_m may be chance: this is an example, not a\n  ranking.",
+                NEXT,
+            ]
+        )
+
+
+def _range(values: Mapping[str, float], form: str) -> str:
+    """Name the lowest and the highest value."""
+    low, high = (choose(values, key=values.__getitem__) for choose in (min, max))
+    if low == high:
+        return f"{values[low]:{form}} ({low})"
+    return f"{values[low]:{form}} ({low}) to {values[high]:{form}} ({high})"
+
+
+def _listed(changes: Mapping[str, float]) -> str:
+    return ", ".join(f"{task} {change:+.1f} %" for task, change in changes.items())
 
 
 def shown(scores: Scores) -> tuple[str, str, str]:

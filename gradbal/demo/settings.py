@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from gradbal import checks
 from gradbal.checks import did_you_mean
 from gradbal.demo.architectures import ARCHITECTURES, PLAIN
-from gradbal.registry import RULES
+from gradbal.registry import rule_names
 
 OWNER = "gradbal demo"
 REFERENCE = "ew"  # always trained: step times are given relative to it
@@ -18,7 +19,8 @@ RULES_BY_DEFAULT = ("uw", "pcgrad", "cagrad", "nash_mtl", "upgrad")
 SEARCH = "automtl"  # the architecture that is searched for, in a demo of its own
 SEARCH_RULES = ("upgrad",)  # by default
 ARCHS = (*ARCHITECTURES, SEARCH)
-PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+PACKAGES = ("scikit-learn", "matplotlib", "tqdm")
+MODULES = {"scikit-learn": "sklearn"}  # of packages that are imported under another name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Settings:
         epochs: Passes over the training pictures.
         seed: Seed of the pictures, the initial weights, the batches and the rules.
         device: Where to train, as torch names it.
-        out: Folder for the two pictures; made if need be.
+        out: Folder for the pictures; made if need be.
 
     Raises:
         ValueError: If one of them cannot be; the sentence says which and why.
@@ -57,16 +59,12 @@ class Settings:
         return tuple(dict.fromkeys((REFERENCE, *self.rules)))
 
     def prepare(self) -> None:
-        """Make sure that training will not be in vain: packages are there, the folder is made.
+        """Check before training what is needed after it: the packages, and a folder for files.
 
         Raises:
-            ValueError: If a package that only the demo needs is missing, or there is no folder.
+            ValueError: If a package is missing, or if no file can be written into the folder.
         """
-        missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
-        if missing:
-            raise ValueError(
-                f'{OWNER}: needs {" and ".join(missing)}; run `pip install "gradbal[demo]"`.'
-            )
+        check_packages(OWNER, "demo", PACKAGES)
         new_folder(OWNER, self.out)
 
 
@@ -75,9 +73,9 @@ def check_rules(owner: str, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"{owner}: `rules` must name at least one rule.")
     for name in names:
-        if name not in RULES:
+        if name not in rule_names():
             raise ValueError(
-                f"{owner}: unknown rule {name!r}.{did_you_mean(name, RULES)} "
+                f"{owner}: unknown rule {name!r}.{did_you_mean(name, rule_names())} "
                 "`gradbal list` shows all of them."
             )
 
@@ -92,10 +90,21 @@ def check_device(owner: str, device: str) -> None:
         ) from None
 
 
+def check_packages(owner: str, extra: str, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless all these packages of an extra are installed."""
+    missing = [name for name in names if find_spec(MODULES.get(name, name)) is None]
+    if missing:
+        raise ValueError(
+            f'{owner}: needs {" and ".join(missing)}; run `pip install "gradbal[{extra}]"`.'
+        )
+
+
 def new_folder(owner: str, path: Path) -> None:
-    """Make a folder if need be; raise ``ValueError`` where there cannot be one."""
+    """Make a folder if need be; raise ``ValueError`` unless a file can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):  # permissions alone do not tell, of a network drive say
+            pass
     except OSError as error:
         raise ValueError(
             f"{owner}: `out` must be a folder that can be written, got {str(path)!r} "

@@ -1,7 +1,8 @@
 """The same problems, written down for CVXPY: slow, obvious, and the judge of the fast solvers.
 
 All equilibrate first, as the fast ones do, and are solved by Clarabel, an interior point that
-stops at about ``1e-8``. CVXPY and NumPy are imported only when one of these is called.
+stops at about ``1e-8``. CVXPY, of the extra ``cvxpy``, and NumPy are imported only when one of
+these is called.
 """
 
 import contextlib
@@ -195,14 +196,24 @@ def cvxpy_nash(
 
 
 def load_cvxpy(capturable: bool = False) -> Any:  # its own types cover it in part only
-    """Import CVXPY, unless the caller must not leave the device."""
+    """Import CVXPY.
+
+    Raises:
+        ValueError: If ``capturable``: the caller must not leave the device.
+        ModuleNotFoundError: If CVXPY is not installed.
+    """
     if capturable:
         raise ValueError(
             "The reference solvers need `capturable=False`, got True: CVXPY runs on the host. "
             "Use the rule's exact solver."
         )
-    import cvxpy
-
+    try:
+        import cvxpy
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'The solver "cvxpy" needs cvxpy, which is not installed; run '
+            '`pip install "gradbal[cvxpy]"`.'
+        ) from error
     return cvxpy
 
 

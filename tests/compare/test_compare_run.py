@@ -25,6 +25,7 @@ from gradbal.compare.encoders import linear_head, mlp
 from gradbal.compare.losses import squared_error
 from gradbal.compare.metrics import Errors
 from gradbal.compare.problem import Apart, Examples, Problem, Task
+from gradbal.compare.problems import PROBLEMS
 from gradbal.compare.resume import read_records
 from gradbal.compare.training import ALONE, Cell, Record, train
 from gradbal.demo.architectures import PLAIN
@@ -166,6 +167,30 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert "gradbal compare mulan --path tiny.arff" in pages[0].pop("made")
     assert pages[1].pop("made")
     assert pages[0] == pages[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process group gets SIGINT there")
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
+    """The command, with two processes, interrupted as a terminal does it."""
+    path, out = tiny.mulan(tmp_path / "tiny.arff"), tmp_path / "out"
+    words = ["compare", "mulan", "--path", str(path), "--option", "targets=2", "--rules", "uw"]
+    words += ["--front", "90", "--seeds", "9", "--epochs", "20", "--jobs", "2", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradbal", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not ((out / "runs.jsonl").exists() and runs(out)):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        f"gradbal compare: interrupted; {out / 'runs.jsonl'} keeps {len(runs(out))} finished runs, "
+        "and the same command goes on from there."
+    )
 
 
 def test_another_setting_is_another_run(whole: Report, tmp_path: Path) -> None:
@@ -383,6 +408,10 @@ BAD = {
     "problem": (
         ["digits"],
         "gradbal compare: unknown problem 'digits'. Did you mean 'two_digits'? There",
+    ),
+    "neither a problem nor the toy": (
+        ["x"],
+        f"gradbal compare: unknown problem 'x'. There are toy, {', '.join(PROBLEMS)}.",
     ),
     "path": (["mulan"], "mulan: `path` must say where its files are, got none"),
     "rule": (

@@ -1,6 +1,6 @@
 """The problems, one module each; ``load`` of a module reads it from where the user has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ WITH_PATH: dict[str, Callable[..., Problem]] = {
 PROBLEMS = ("two_digits", *WITH_PATH)
 
 
+def check_problem(name: str, known: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless the problem is one of those that are known."""
+    if name not in known:
+        raise ValueError(
+            f"gradbal compare: unknown problem {name!r}.{did_you_mean(name, known)} "
+            f"There are {', '.join(known)}."
+        )
+
+
 def load(
     name: str,
     path: Path | None = None,
@@ -54,11 +63,7 @@ def load(
         ValueError: If there is no such problem, if it needs a path, or if what the path leads to is
             not as it must be.
     """
-    if name not in PROBLEMS:
-        raise ValueError(
-            f"gradbal compare: unknown problem {name!r}.{did_you_mean(name, PROBLEMS)} "
-            f"There are {', '.join(PROBLEMS)}."
-        )
+    check_problem(name, PROBLEMS)
     if name not in WITH_PATH:
         return two_digits.load(seed=seed, **options)
     if path is None:
