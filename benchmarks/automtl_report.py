@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gradbal.compare.intervals import Interval, Paired
-from gradbal.compare.problem import Task
-from gradbal.compare.summary import delta_m
-from gradbal.compare.tables import made_by, markdown
-from gradbal.plots import MARKS, new_figure, tidy
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import MARKS, new_figure, tidy
+from gradbal.lab.compare.intervals import Interval, Paired
+from gradbal.lab.compare.problem import Task
+from gradbal.lab.compare.summary import delta_m
+from gradbal.lab.compare.tables import made_by
 
 ALONE, FOUND, RANDOM = "alone", "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together
@@ -129,7 +130,7 @@ def table(results: Results) -> str:
                 "" if method == FOUND else _shown(Paired.of(results.deltas(FOUND), deltas).less),
             ]
         )
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def verdict(results: Results) -> str:
@@ -186,7 +187,7 @@ def shares(results: Results) -> str:
                 [method, *(f"{100 * branches.count(i) / len(branches):.0f} %" for i in range(3))]
             )
     seconds = fmean(r.search_s for some in results.found[FOUND].values() for r in some)
-    return f"{markdown(lines)}\n\nA search took {seconds:.0f} s of processor time."
+    return f"{markdown_table(lines)}\n\nA search took {seconds:.0f} s of processor time."
 
 
 def draw(everything: Mapping[tuple[str, str], Results], path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from gradbal import aggregate, make_rule
-from gradbal.rule import Rule
+from gradbal.rules._base import Rule
 
 Call = Callable[[Tensor], Tensor]  # task gradients [m, n] -> direction [n]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Generator, Tensor
 
 from gradbal import make_rule
-from gradbal.registry import RULES
-from gradbal.rule import Context, GramRule, Weights
-from gradbal.state import state_like
+from gradbal.rules._base import Context, GramRule, Weights
+from gradbal.rules._registry import RULES
+from gradbal.rules._state import state_like
 
 TASKS = (2, 3, 8, 16, 40, 128)
 DRAWS = 2

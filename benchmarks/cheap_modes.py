@@ -28,10 +28,10 @@ from benchmarks.mulan import mulan
 from benchmarks.problems import Problem, Task
 from benchmarks.tables import PACKAGES
 from gradbal import MTLOptimizer, engines, make_rule, rule_names
-from gradbal.compare import resume
-from gradbal.compare.tables import made_by
-from gradbal.demo.contest import one_thread
-from gradbal.rule import GramRule
+from gradbal.lab.compare import resume
+from gradbal.lab.compare.tables import made_by
+from gradbal.lab.demo.contest import one_thread
+from gradbal.rules._base import GramRule
 
 Problems = Mapping[str, Callable[..., Problem]]
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from benchmarks.cells import ALONE
 from benchmarks.problems import Task
 from benchmarks.tables import delta_m
-from gradbal.compare.intervals import Interval
-from gradbal.compare.tables import markdown
-from gradbal.plots import new_figure, tidy
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import new_figure, tidy
+from gradbal.lab.compare.intervals import Interval
 
 EXACT, PLAIN = "exact", "plain sum"
 
@@ -70,7 +70,7 @@ def table(rule: str, points: Sequence[Point]) -> str:
     for mode, time, delta, less in points:
         shown = "" if less is None else f"**{less}**" if less.clear else str(less)
         lines.append([mode, f"{time:.2f}", str(delta), shown])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def draw(frontiers: Mapping[str, Sequence[Point]], title: str, path: Path) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.models import MODELS
-from gradbal.cli import markdown_table
-from gradbal.engines import PRESETS
-from gradbal.plots import DASHES, MARKS
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import DASHES, MARKS
+from gradbal.jacobian.engines import PRESETS
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Curve = Sequence[tuple[float, float]]
@@ -119,7 +119,8 @@ def write(
     """
     found = facts(given)
     remarks = "\n".join(f"- {note}" for note in notes)
-    page = f"{heading(title, found)}\n\n{explanation}\n\n{markdown_table(rows)}\n\n{remarks}\n"
+    table = markdown_table(rows, code=True)
+    page = f"{heading(title, found)}\n\n{explanation}\n\n{table}\n\n{remarks}\n"
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(page)
     record = {**found, "cells": cells}

@@ -5,8 +5,9 @@ from statistics import fmean, median, stdev
 
 from benchmarks.cells import ALONE, Cell, Record
 from benchmarks.problems import Task, problem
-from gradbal.compare.tables import Line, made_by, markdown
-from gradbal.demo import report
+from gradbal._utils.tables import markdown_table
+from gradbal.lab.compare.tables import Line, made_by
+from gradbal.lab.demo import report
 
 Records = Mapping[Cell, Record]
 PACKAGES = ("torch", "scikit-learn")
@@ -61,9 +62,9 @@ def render(cells: Sequence[Cell], records: Records, *, timed: bool = True) -> st
         parts += [
             f"## {name}",
             "Delta_m by rule and architecture:",
-            markdown(table.matrix()),
+            markdown_table(table.matrix()),
             "All cells:",
-            markdown(table.lines(timed)),
+            markdown_table(table.lines(timed)),
         ]
     return "\n\n".join(parts) + "\n"
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import gradbal
-from gradbal import cli, demo, make_rule, registry, rule_names
+from gradbal import cli, make_rule, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
-from gradbal.compare import resume
-from gradbal.demo import automtl, settings
-from gradbal.registry import RULES
-from gradbal.rule import GradientRule, GramRule, LossRule, Rule
+from gradbal.lab import demo
+from gradbal.lab.compare import resume
+from gradbal.lab.demo import automtl, settings
+from gradbal.rules import _registry as registry
+from gradbal.rules._base import GradientRule, GramRule, LossRule, Rule
+from gradbal.rules._registry import RULES
 
 ROOT = Path(__file__).parent.parent
 KINDS = {
@@ -378,7 +380,7 @@ print("torch.utils.benchmark" in sys.modules, "torch.utils.cpp_extension" in sys
 
 
 def test_import_gradbal_stays_light() -> None:
-    heavy = {"gradbal.cli", "gradbal.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
+    heavy = {"gradbal.cli", "gradbal.lab.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
     code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "
     assert run("-c", code + "({*sys.modules} - old))") == "set()\n"  # torch itself has tqdm
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gradbal
-from gradbal.demo.data import HEIGHT, WIDTH, Pictures
+from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 BATCH = 50  # pictures, in all processes together

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import gradbal
-from gradbal.demo.data import two_digits
+from gradbal.lab.demo.data import two_digits
 
 dist.init_process_group("gloo")  # on GPUs "nccl", a mesh of "cuda", and each process moves data
 data = two_digits(seed=0)

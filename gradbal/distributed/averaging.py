@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from gradbal._utils.dtensor import Holding
+from gradbal.distributed.collectives import Link
+from gradbal.distributed.ddp import Reduced
+from gradbal.distributed.exchange import sum_sparse
 from gradbal.distributed.fingerprint import hashed
-from gradbal.distributed.link import Link
 from gradbal.distributed.processes import Key, Settled
-from gradbal.distributed.reduced import Reduced
-from gradbal.distributed.rows import sum_sparse
-from gradbal.sharded import Holding
 
 BUCKET = 2**22  # entries that are averaged in one message
 

@@ -10,8 +10,8 @@ from cases import normal, rows
 from torch import Tensor, nn
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
 from gradbal.solvers import simplex_qp
+from gradbal.step.weighting import MODEL
 
 START = torch.tensor([0.5, 0.5], dtype=torch.float64)
 TRAIN, VALID = rows([[1, 0], [0, 2]]), rows([[1.5, 0], [0, 1]])

@@ -8,8 +8,8 @@ from cases import losses_for, normal, seeded
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
-from gradbal.rule import Context, LossRule
+from gradbal.rules._base import Context, LossRule
+from gradbal.step.weighting import MODEL
 
 DRAWS = 10_000
 

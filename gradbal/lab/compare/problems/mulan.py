@@ -1,0 +1,67 @@
+"""Multi-target regression from a file of the Mulan collection: one task for each target."""
+
+from pathlib import Path
+
+import torch
+
+from gradbal.lab.compare.arff import read_columns
+from gradbal.lab.compare.encoders import linear_head, mlp
+from gradbal.lab.compare.losses import squared_error
+from gradbal.lab.compare.metrics import RelativeError
+from gradbal.lab.compare.problem import Examples, Problem, Published, Task
+from gradbal.lab.compare.splitting import in_deviations, shuffled, standardised
+
+TARGETS = {
+    **{"andro": 6, "atp1d": 6, "atp7d": 6, "edm": 2, "enb": 2, "jura": 3, "oes10": 16, "oes97": 16},
+    **{"rf1": 8, "rf2": 8, "scm1d": 16, "scm20d": 16, "sf1": 3, "sf2": 3, "slump": 3, "wq": 14},
+}  # how many of the last columns are targets
+WIDTH = 128
+SOURCE = Published(
+    source="Spyromitros-Xioufis et al., Machine Learning 104, 2016",
+    reports="aRRMSE, the mean of rrmse over the targets, by cross-validation; no neural network",
+)
+
+
+def load(path: Path, *, seed: int = 0, targets: int | None = None) -> Problem:
+    """Predict the last columns of a file from the others.
+
+    Two thirds of the rows are for training and validation, three parts and one. Inputs and targets
+    are in units of their deviation over the rows for training; inputs that are constant there say
+    nothing and are left out. Words become one column of 0 and 1 each.
+
+    Args:
+        path: An ARFF file without gaps.
+        seed: Of the split.
+        targets: How many columns are targets; known for the files of the collection.
+
+    Raises:
+        ValueError: If the file is not as it must be, or a target is constant.
+    """
+    columns = torch.from_numpy(read_columns(path))
+    n_rows, n_columns = columns.shape
+    if targets is None:
+        targets = TARGETS.get(path.stem, 0)
+    if not 0 < targets < n_columns:
+        raise ValueError(
+            f"{path.name}: `targets` must be from 1 to {n_columns - 1}, its columns less one, "
+            f"got {targets or 'none'}."
+        )
+    known = round(2 * n_rows / 3)
+    parts = shuffled(n_rows, seed, known * 3 // 4, known)
+    x = standardised(columns[:, :-targets], parts[0])
+    names = [f"target_{number}" for number in range(targets)]
+    y, _ = in_deviations(path.name, names, columns[:, -targets:], parts[0])
+    train, validation, test = (
+        Examples(x[some], {name: values[some] for name, values in y.items()}) for some in parts
+    )
+    return Problem(
+        name=path.stem,
+        tasks=dict.fromkeys(names, Task(squared_error, RelativeError, "rrmse")),
+        train=train,
+        validation=validation,
+        test=test,
+        stages=mlp(x.shape[1], WIDTH, WIDTH, WIDTH),
+        heads=dict.fromkeys(names, linear_head(WIDTH, 1)),
+        batch=32,
+        published=SOURCE,
+    )

@@ -1,0 +1,51 @@
+"""Pictures of two digits from scikit-learn: which digits, and how far apart. No file is needed."""
+
+from functools import partial
+
+from gradbal.lab.compare import files
+from gradbal.lab.compare.encoders import mlp_head
+from gradbal.lab.compare.losses import cross_entropy, squared_error
+from gradbal.lab.compare.metrics import Accuracy, Errors
+from gradbal.lab.compare.problem import Examples, Problem, Task
+from gradbal.lab.demo.data import COPIES
+from gradbal.lab.demo.data import two_digits as pictures
+from gradbal.lab.demo.model import FEATURES, HIDDEN, STAGES
+
+
+def load(*, seed: int = 0, copies: tuple[int, int, int] = COPIES) -> Problem:
+    """Make the pictures of the demo, with distances in units of their deviation.
+
+    Args:
+        seed: Of the split of the digits and of the pictures.
+        copies: Pictures of each pair of digits for training, validation and test.
+
+    Raises:
+        ValueError: If scikit-learn is not installed.
+    """
+    files.package("two_digits", "sklearn", "scikit-learn")
+    made = pictures(seed, copies)
+    mean, spread = made.train.distance.mean(), made.train.distance.std()
+    train, validation, test = (
+        Examples(
+            part.images,
+            {
+                "left": part.left,
+                "right": part.right,
+                "distance": (part.distance - mean) / spread,
+            },
+        )
+        for part in made
+    )
+    digit = Task(cross_entropy, Accuracy, "accuracy")
+    distance = Task(squared_error, partial(Errors, spread.item()), "mae")
+    outputs = {"left": 10, "right": 10, "distance": 1}
+    return Problem(
+        name="two_digits",
+        tasks={"left": digit, "right": digit, "distance": distance},
+        train=train,
+        validation=validation,
+        test=test,
+        stages=STAGES,
+        heads={task: mlp_head(FEATURES, HIDDEN, n) for task, n in outputs.items()},
+        batch=64,
+    )

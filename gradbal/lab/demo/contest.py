@@ -1,0 +1,243 @@
+"""Train all rules and the single-task baselines in turn, on the same batches."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from gradbal.lab.demo.architectures import PLAIN, build
+from gradbal.lab.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
+from gradbal.lab.demo.model import STAGES, TASKS, Scores, TwoDigitNet, heads, losses_of, scores_of
+from gradbal.lab.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
+from gradbal.lab.demo.settings import Settings
+from gradbal.optimizer import MTLOptimizer
+from gradbal.rules._base import LossRule
+
+BATCH, LR = 64, 4e-3  # the same for all rules, tuned for none
+
+
+def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
+    """Train, choose epochs on the validation pictures, and test once.
+
+    Args:
+        settings: What users may set.
+        copies: Size of the data set, see :func:`gradbal.lab.demo.data.two_digits`.
+
+    Raises:
+        ValueError: If a package is missing or no file can be written into the folder.
+        KeyboardInterrupt: If interrupted; its text says how far training came.
+    """
+    settings.prepare()
+    with one_thread():
+        splits = Splits(
+            *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
+        )
+        single = new_model(settings, splits.train, PLAIN)
+        model = new_model(settings, splits.train, settings.arch)
+        alone = [Learner(task, copy.deepcopy(single), settings) for task in TASKS]
+        together = [Balanced(rule, copy.deepcopy(model), settings) for rule in settings.contestants]
+        train(alone, together, splits, settings)
+        return Report(*judge(alone, together, splits.test))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for tensors this small more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def new_model(settings: Settings, train: Pictures, arch: str) -> TwoDigitNet:
+    """Return the network that everyone with this architecture starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        body = build(arch, STAGES, heads())
+        body(torch.zeros(2, 1, HEIGHT, WIDTH))  # some take their sizes from the first input
+    return net_of(train, body).to(settings.device)
+
+
+def net_of(train: Pictures, body: nn.Module) -> TwoDigitNet:
+    """Return a network whose distances are in pixels."""
+    return TwoDigitNet(train.distance.mean().item(), train.distance.std().item(), body)
+
+
+class Learner:
+    """A network that learns one task, in plain torch: the single-task baseline.
+
+    Args:
+        name: The task.
+        model: The network; nobody else's.
+        settings: What users may set.
+    """
+
+    def __init__(self, name: str, model: TwoDigitNet, settings: Settings) -> None:
+        self.name, self.model = name, model
+        self.optimizer = self.make_optimizer(settings)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
+        self.validation: list[Scores] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def make_optimizer(self, settings: Settings) -> torch.optim.Optimizer:
+        """Return what steps the network."""
+        return torch.optim.Adam(self.model.parameters(), lr=LR)
+
+    def step(self, batch: Pictures, number: int) -> None:
+        """Learn from a batch."""
+        self.optimizer.zero_grad()
+        losses, _ = losses_of(self.model, batch)
+        torch.autograd.backward(losses[self.name])
+        self.optimizer.step()
+
+    def end_epoch(self, validation: Pictures) -> None:
+        """Score this epoch and remember the network as it is."""
+        self.scheduler.step()
+        self.validation.append(scores_of(self.model, validation))
+        self.states.append(copy.deepcopy(self.model.state_dict()))
+
+    def test(self, pictures: Pictures, epoch: int) -> Scores:
+        """Score the network of an epoch on pictures that had no say in choosing it."""
+        self.model.load_state_dict(self.states[epoch])
+        return scores_of(self.model, pictures)
+
+
+class Balanced(Learner):
+    """A network that learns all tasks, balanced by a rule.
+
+    Args:
+        rule: Name of the rule.
+        model: The network; nobody else's.
+        settings: What users may set.
+        name: What the table calls it; None for the rule's name.
+    """
+
+    optimizer: MTLOptimizer
+
+    def __init__(
+        self, rule: str, model: TwoDigitNet, settings: Settings, name: str | None = None
+    ) -> None:
+        self.rule = rule
+        super().__init__(name or rule, model, settings)
+        self.times: list[float] = []
+        self.looks: list[Look] = []
+        observer = torch.optim.SGD(self.model.parameters(), lr=0.0)  # never stepped
+        self.observer = MTLOptimizer(observer, "pcgrad")
+
+    def make_optimizer(self, settings: Settings) -> MTLOptimizer:
+        return MTLOptimizer(super().make_optimizer(settings), self.rule, seed=settings.seed)
+
+    def step(self, batch: Pictures, number: int) -> None:
+        """Learn from a batch, take the time, and now and then look at the gradients."""
+        looking = number % LOOK_EVERY == 0
+        seen = self.observe(batch) if looking and isinstance(self.optimizer.rule, LossRule) else {}
+        _wait_for(batch.images.device)
+        start = perf_counter()
+        losses, aux = losses_of(self.model, batch)
+        self.optimizer.step(losses, aux=aux)
+        _wait_for(batch.images.device)
+        self.times.append(perf_counter() - start)
+        if looking:
+            self.looks.append(Look.at(number, {**self.optimizer.metrics(), **seen}))
+
+    def observe(self, batch: Pictures) -> dict[str, Tensor]:
+        """Look at gradients that the rule itself does not look at; the network stays as it is."""
+        losses, _ = losses_of(self.model, batch)
+        self.observer.backward(losses)
+        seen = self.observer.metrics()
+        self.observer.zero_grad()
+        return {key: value for key, value in seen.items() if "/weight/" not in key}
+
+    def end_epoch(self, validation: Pictures) -> None:
+        super().end_epoch(validation)
+        self.optimizer.end_epoch()
+        self.model.end_epoch()
+
+
+def train(
+    alone: Sequence[Learner], together: Sequence[Balanced], splits: Splits, settings: Settings
+) -> None:
+    """Give every batch to every learner in turn, so that speed and course compare.
+
+    Args:
+        alone: One learner for each task.
+        together: Learners of all tasks.
+        splits: The pictures.
+        settings: What users may set.
+
+    Raises:
+        KeyboardInterrupt: If interrupted; its text gives the scores so far.
+    """
+    try:
+        _train([*alone, *together], splits, settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_so_far(alone, together, settings.epochs)) from None
+
+
+def _train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> None:
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    n = len(splits.train.images)
+    steps = -(-n // BATCH)
+    with tqdm(total=settings.epochs * steps, desc="Training", unit="step", disable=None) as bar:
+        for epoch in range(settings.epochs):
+            order = torch.randperm(n, generator=generator).to(splits.train.images.device)
+            for i, index in enumerate(torch.split(order, BATCH)):
+                batch = splits.train.take(index)
+                for learner in learners:
+                    learner.step(batch, epoch * steps + i)
+                bar.update()
+            for learner in learners:
+                learner.end_epoch(splits.validation)
+
+
+def _so_far(alone: Sequence[Learner], together: Sequence[Balanced], epochs: int) -> str:
+    """Say in one line what the epochs that everyone has finished gave."""
+    done = min(len(learner.validation) for learner in (*alone, *together))
+    said = f"{done} of {epochs} epochs are trained"
+    if not done:
+        return f"{said}, so there are no scores yet"
+    single = {learner.name: learner.validation[done - 1][learner.name] for learner in alone}
+    scores = ", ".join(
+        f"{learner.name} {delta_m(learner.validation[done - 1], single):+.1f}"
+        for learner in together
+    )
+    return f"{said}, with Delta_m % on the validation pictures: {scores}"
+
+
+def judge(
+    alone: Sequence[Learner], together: Sequence[Balanced], test: Pictures
+) -> tuple[Outcome, list[Outcome]]:
+    """Choose everyone's epoch by the validation pictures, then use the test pictures once.
+
+    Returns:
+        The three single-task networks as one outcome, and one outcome per rule.
+    """
+    baseline = Outcome("single task", [{} for _ in alone[0].validation])
+    best: Scores = {}
+    for learner in alone:
+        task = learner.name
+        epoch = best_epoch([scores[task] for scores in learner.validation], task)
+        best[task] = learner.validation[epoch][task]
+        baseline.test[task] = learner.test(test, epoch)[task]
+        for scores, own in zip(baseline.validation, learner.validation, strict=True):
+            scores[task] = own[task]
+    outcomes = []
+    for balanced in together:
+        epoch = best_epoch([delta_m(scores, best) for scores in balanced.validation])
+        tested = balanced.test(test, epoch)
+        outcomes.append(
+            Outcome(balanced.name, balanced.validation, tested, balanced.times, balanced.looks)
+        )
+    return baseline, outcomes
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
