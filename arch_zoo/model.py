@@ -61,7 +61,7 @@ class MultiTaskModel(nn.Module, ABC):
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the heads."""
-        return tuple(self.heads)
+        return tuple(self.heads.keys())
 
     @abstractmethod
     def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:

@@ -22,13 +22,14 @@ BASES: dict[str, Make] = {
     "AdamW": lambda p: optim.AdamW(p, lr=0.01),
     "Adamax": lambda p: optim.Adamax(p, lr=0.01),
     "ASGD": lambda p: optim.ASGD(p, lr=0.05),
-    "Muon": lambda p: optim.Muon([q for q in p if q.ndim == 2], lr=0.02),
     "NAdam": lambda p: optim.NAdam(p, lr=0.01),
     "RAdam": lambda p: optim.RAdam(p, lr=0.01),
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "Rprop": lambda p: optim.Rprop(p, lr=0.01),
     "SGD": lambda p: optim.SGD(p, lr=0.05, momentum=0.9),
 }
+if hasattr(optim, "Muon"):  # from torch 2.9 on
+    BASES["Muon"] = lambda p: optim.Muon([q for q in p if q.ndim == 2], lr=0.02)
 WAYS: dict[str, Make] = {
     **{
         f"{kind.__name__} {way}": lambda p, kind=kind, way=way: kind(p, lr=0.01, **{way: True})
@@ -37,7 +38,7 @@ WAYS: dict[str, Make] = {
     },
     "Adam with tensors": lambda p: optim.Adam(p, lr=torch.tensor(0.01), betas=(0.8, 0.99)),
 }
-ELSEWHERE = {"SparseAdam", "LBFGS"}  # below; in test_semantics_plain.py
+ELSEWHERE = {"SparseAdam", "LBFGS"}  # below; in step/test_plain.py
 
 
 def test_no_optimizer_is_left_out() -> None:

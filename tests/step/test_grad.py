@@ -478,25 +478,6 @@ def one_pass(losses: Callable[[Tensor], list[Tensor]], params: list[Tensor]) -> 
     return [param.grad for param in params]
 
 
-def test_gradients_that_are_nobody_elses_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[int] = []
-    copy = torch._foreach_copy_
-
-    def noting(into: list[Tensor], given: list[Tensor]) -> None:
-        copied.extend(tensor.numel() for tensor in into)
-        copy(into, given)
-
-    monkeypatch.setattr(torch, "_foreach_copy_", noting)
-    weight, own = param(4, 5, seed=1), [param(5, seed=2), param(5, seed=3)]
-
-    def losses(x: Tensor) -> list[Tensor]:
-        z = (x @ weight).tanh()
-        return [square(z @ mine) for mine in own]
-
-    one_pass(losses, [weight, *own])
-    assert sorted(copied) == [5, 5]  # the heads' only
-
-
 def test_gradients_that_share_storage_become_tensors_of_their_own() -> None:
     """One gradient for two parameters, or two that are pieces of one."""
     a, b, c, d = (param(4, 5, seed=seed) for seed in range(4))
