@@ -60,7 +60,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         counts.append(len(layers))
         return layers
 
-    monkeypatch.setattr(engines, "find_layers", finding)
+    monkeypatch.setattr("gradbal.jacobian.engines.find_layers", finding)
     if "by_count" not in request.fixturenames:
         monkeypatch.setattr(FINDER, "worthwhile", lambda uses, n_tasks, size=None: True)
         monkeypatch.setattr(FINDER, "CALLS", 0)

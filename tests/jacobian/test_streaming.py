@@ -52,7 +52,7 @@ def smallest_pieces(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         counts.append(len(pieces := split(top, index, sizes, limit)))
         return pieces
 
-    monkeypatch.setattr(engines, "split", cut)
+    monkeypatch.setattr("gradbal.jacobian.engines.split", cut)
     return counts
 
 
@@ -132,6 +132,7 @@ def test_what_is_kept_does_not_grow_with_depth(real_pieces: None) -> None:
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_tasks_times_parameters(real_pieces: None) -> None:
     """Twice as deep, the step holds more parameters and states of the base, and no more rows."""
 

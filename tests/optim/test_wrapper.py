@@ -199,8 +199,8 @@ def test_nothing_keeps_the_graph_or_the_optimizer_alive() -> None:
 
 
 def test_repr() -> None:
-    optimizer = wrapped(Toy())
-    assert repr(optimizer).startswith("MTLOptimizer(SGD (\nParameter Group 0")
+    start = "MTLOptimizer(EW(reduction='sum'), engine=Auto(), base=SGD (\nParameter Group 0"
+    assert repr(wrapped(Toy(), "ew")).startswith(start)
 
 
 def test_a_group_added_later() -> None:

@@ -378,7 +378,9 @@ def test_nothing_is_read_back_and_all_is_as_on_the_host(name: str, case: str) ->
             torch.testing.assert_close(device.state[key], tensor, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize(
+    "m", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [name for name in CAPTURABLE if name in RULES])
 def test_no_operation_depends_on_data(name: str, m: int) -> None:
     rule = SUBJECTS[name]

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,20 @@ def go_on(folder: str) -> None:
         file.with_suffix(".done").write_bytes(pickle.dumps(rest(run)))
 
 
-def test_going_on_in_another_process(tmp_path: Path) -> None:
-    for rule in ONE_BATCH:
+@pytest.mark.parametrize(
+    "rules",
+    [("uw", "graddrop"), pytest.param(ONE_BATCH, marks=pytest.mark.slow)],
+    ids=["two", "all"],
+)
+def test_going_on_in_another_process(rules: Sequence[str], tmp_path: Path) -> None:
+    for rule in rules:
         (tmp_path / f"{rule}.saved").write_bytes(halfway(rule).save())
     program = f"import test_checkpoint; test_checkpoint.go_on({str(tmp_path)!r})"
     here = Path(__file__).parent
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-    for rule in ONE_BATCH:
+    for rule in rules:
         found = pickle.loads((tmp_path / f"{rule}.done").read_bytes())
         assert found == rest(halfway(rule)), rule
 
