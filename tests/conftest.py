@@ -49,3 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, test, rule in found:
         if len(rules_of[test]) >= GRID and rule not in KINDS:
             item.add_marker(pytest.mark.slow)
+    for item in items:
+        if "distributed" in item.path.parts:
+            _mark_ranks(item)
+
+
+def _mark_ranks(item: pytest.Item) -> None:
+    """Let one worker run all tests with several ranks; four ranks on two cores are slow."""
+    item.add_marker(pytest.mark.xdist_group("ranks"))  # they share the processes that they start
+    spec = getattr(item, "callspec", None)
+    values = [] if spec is None else list(spec.params.values())
+    if "four" in getattr(item, "fixturenames", ()) or 4 in values or torch.float32 in values:
+        item.add_marker(pytest.mark.slow)

@@ -64,6 +64,7 @@ def test_short_rows_go_whole_in_one_message(two: Pool) -> None:
     assert "direction" not in volume.calls
 
 
+@pytest.mark.slow
 def test_the_command_starts_processes_and_writes_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
