@@ -21,6 +21,7 @@ from gradbal.rules._base import (
     Weights,
 )
 from gradbal.rules._learned import advance
+from gradbal.rules._names import RuleName
 from gradbal.rules._registry import make_rule
 from gradbal.rules._state import state_like
 from gradbal.solvers.gram import (
@@ -62,7 +63,7 @@ class Aggregation(NamedTuple):
 @outside_autocast
 def aggregate(
     jacobian: Tensor,
-    rule: str | Rule = "upgrad",
+    rule: RuleName | str | Rule = "upgrad",
     *,
     losses: Tensor | Sequence[float] | None = None,
     more: Sequence[Tensor | Elsewhere] = (),

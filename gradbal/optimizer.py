@@ -18,6 +18,7 @@ from gradbal.jacobian.planner import Planner
 from gradbal.optim.several import SeveralOptimizers
 from gradbal.optim.wrapper import WrappedOptimizer, needs_closure
 from gradbal.rules._base import Rule
+from gradbal.rules._names import RuleName
 from gradbal.rules._registry import make_rule
 from gradbal.step.balance import Flow
 from gradbal.step.call import AuxLosses, Call
@@ -79,7 +80,7 @@ class MTLOptimizer(WrappedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        rule: str | Rule = "upgrad",
+        rule: RuleName | str | Rule = "upgrad",
         *,
         tasks: int | Sequence[str] | None = None,
         engine: str | Engine = "auto",

@@ -14,9 +14,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf",
 )
 LIGHT = [page for page in pages() if page not in NEEDS]
+SLOW = ("compare.md", "integrations/compile.md")
 
 
-@pytest.mark.parametrize("page", LIGHT)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in LIGHT]
+)
 def test_what_a_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()

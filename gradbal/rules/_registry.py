@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from gradbal._utils.checks import did_you_mean
 from gradbal.rules._base import Claim, GradientRule, GramRule, LossRule, Rule
+from gradbal.rules._names import RuleName
 
 R = TypeVar("R", bound=type[Rule])
 
@@ -95,7 +96,7 @@ def rule_names() -> tuple[str, ...]:
     return tuple(sorted(_by_name()))
 
 
-def make_rule(name: str | Rule, **options: Any) -> Rule:
+def make_rule(name: RuleName | str | Rule, **options: Any) -> Rule:
     """Build a rule from its registered name.
 
     Args:

@@ -61,6 +61,7 @@ def test_pictures_stand_alone_and_everything_is_inside(
     assert not overlaps(figure, panel.get_yticklabels())
 
 
+@pytest.mark.slow
 def test_pictures_leave_pyplot_alone() -> None:
     program = (
         "import sys, torch, gradbal.plots as plots\n"

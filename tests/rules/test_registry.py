@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import gradbal
 from gradbal._utils import checks
 from gradbal.rules import _registry as registry
 from gradbal.rules._base import Context, GradientRule, GramRule, LossRule, Rule, WeightRule
+from gradbal.rules._names import RuleName
 from gradbal.rules._registry import RULES, make_rule, register, rule_names
 
 
@@ -327,3 +328,7 @@ def test_the_list_cannot_be_written() -> None:
 def test_suggestions() -> None:
     assert checks.did_you_mean("upgard", RULES) == " Did you mean 'upgrad'?"
     assert checks.did_you_mean("something else", RULES) == ""
+
+
+def test_editors_complete_the_names_of_all_rules() -> None:
+    assert get_args(RuleName) == rule_names()
