@@ -372,3 +372,21 @@ def test_checkpoint_of_more_tasks_than_were_announced() -> None:
     fresh = wrapped(Toy(), "uw")
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.core.contents()["tasks"]["names"] == ["a", "b", "c"]
+
+
+# Written by version 0.1 before its modules moved: per rule a model, its optimizer after three steps
+# of Adam, and the parameters after three more.
+OLD = Path(__file__).parent / "data" / "checkpoint_0.1.pt"
+
+
+@pytest.mark.parametrize("rule", ["ew", "uw", "famo", "gradvac", "moco", "imtl"])
+def test_a_checkpoint_of_an_older_commit_goes_on(rule: str) -> None:
+    saved = torch.load(OLD, weights_only=True)[rule]
+    model = Toy(2, width=3)
+    optimizer = MTLOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), rule)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for batch in range(3, 6):
+        optimizer.step(model.named(batch))
+    for name, wanted in saved["after"].items():
+        torch.testing.assert_close(model.state_dict()[name], wanted, rtol=1e-12, atol=1e-14)
