@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gradbal
-from gradbal import cli, make_rule, rule_names
+from gradbal import make_rule, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
 from gradbal.lab import demo
 from gradbal.lab.compare import resume
@@ -154,9 +154,9 @@ def test_tables_hold_every_cell() -> None:
         "a            10",
         "long name     -",
     ]
-    assert markdown_table(rows).splitlines() == [
+    assert markdown_table(rows, code=True).splitlines() == [
         "| name | size |",
-        "|---|---|",
+        "| --- | --- |",
         "| `a` | 10 |",
         "| `long name` | - |",
     ]
@@ -308,7 +308,7 @@ def test_an_interrupt_with_nothing_to_say_ends_with_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "rule_times", interrupted)
+    monkeypatch.setattr("gradbal.lab.commands.rule_times", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["bench"])
     assert ended.value.code == 130
