@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gradbal._utils.dtensor import Holding
 from gradbal.distributed.counts import Counts, read_counts
-from gradbal.distributed.exchange import NoExchange
 from gradbal.distributed.layout import Columns, RowStorage
+from gradbal.distributed.row_averages import NoExchange
 from gradbal.graph.losses import Batch, Losses, named_losses, read_batch
 from gradbal.graph.plan import Plan
 

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradbal._utils.dtensor import Holding, hold, is_sharded, local
-from gradbal.distributed.averaging import Averaging
 from gradbal.distributed.collectives import OWNER, Link
 from gradbal.distributed.counts import Counts, read_counts, samples_of
-from gradbal.distributed.exchange import Exchange, NoExchange
 from gradbal.distributed.fingerprint import digest, fingerprint, hashed
+from gradbal.distributed.gradient_averages import Averaging
 from gradbal.distributed.layout import Columns, RowStorage
 from gradbal.distributed.processes import ALONE, Key, Known, MakePlans, Names, Processes, Settled
+from gradbal.distributed.row_averages import Exchange, NoExchange
 from gradbal.graph.losses import Batch, Losses, named_losses, placeholder, read_batch
 from gradbal.graph.plan import Plan
 

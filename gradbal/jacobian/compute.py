@@ -17,7 +17,7 @@ from gradbal.jacobian.blocks import Workspace
 from gradbal.jacobian.by_parameter import ByParameter, RowsByParameter
 from gradbal.jacobian.dense import Further, Keep
 from gradbal.jacobian.engines import Representation
-from gradbal.jacobian.heads import Heads, Sink, descend
+from gradbal.jacobian.head_passes import Heads, Sink, descend
 from gradbal.jacobian.planner import Planner
 from gradbal.jacobian.pull import Rows, Segment, pull
 from gradbal.jacobian.representation import Represented, boundary, represented

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gradbal.jacobian.dense import Keep
-from gradbal.jacobian.heads import Heads
+from gradbal.jacobian.head_passes import Heads
 from gradbal.jacobian.representation import Represented
 from gradbal.jacobian.streamed import GramOnly, Streamed
 

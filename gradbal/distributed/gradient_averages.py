@@ -9,9 +9,9 @@ from torch import Tensor
 from gradbal._utils.dtensor import Holding
 from gradbal.distributed.collectives import Link
 from gradbal.distributed.ddp import Reduced
-from gradbal.distributed.exchange import sum_sparse
 from gradbal.distributed.fingerprint import hashed
 from gradbal.distributed.processes import Key, Settled
+from gradbal.distributed.row_averages import sum_sparse
 
 BUCKET = 2**22  # entries that are averaged in one message
 
