@@ -12,7 +12,7 @@ from gradbal.graph.cost import entries_at
 from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import BESIDE, MODEL
 from gradbal.graph.plan import Plan
-from gradbal.graph.split import Piece
+from gradbal.graph.segments import Piece
 from gradbal.jacobian.blocks import Workspace
 from gradbal.jacobian.by_parameter import ByParameter, RowsByParameter
 from gradbal.jacobian.dense import Further, Keep

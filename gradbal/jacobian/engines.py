@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from gradbal._utils import checks
-from gradbal.graph.split import Piece, split
+from gradbal.graph.segments import Piece, split
 from gradbal.graph.walk import Boundary
 from gradbal.jacobian.factored import factored, find_layers
 from gradbal.jacobian.layers import Layer, Sketch

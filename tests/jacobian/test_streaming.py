@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
 from gradbal import aggregate, engines
-from gradbal.graph.split import split
+from gradbal.graph.segments import split
 from gradbal.lab.bench.measure import peaks
 
 ENGINES = {
