@@ -32,7 +32,7 @@ from typing import Any
 import coverage
 import hypothesis
 import pytest
-from mutations import AREAS, ROOT, Place, changed, draw, find, where
+from mutations import AREAS, ROOT, Place, changed, draw, find, where, write
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:cov", "-p", "no:xdist"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported before
@@ -111,11 +111,6 @@ def sample(args: argparse.Namespace) -> None:
     write(args.table, draw(args.n, args.seed))
 
 
-def write(table: Path, rows: list[dict[str, Any]]) -> None:
-    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    table.write_text(f"[\n{text}\n]\n")
-
-
 def covering(place: Place, lines: dict[str, dict[str, list[int]]]) -> set[int]:
     """Return the tests that run a change; if it runs when imported, all that run its file."""
     found = lines.get(place.file, {})
@@ -149,8 +144,7 @@ class Loader(SourceFileLoader):
     """Imports one module from changed code."""
 
     def __init__(self, file: str, code: CodeType) -> None:
-        parts = Path(file).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         super().__init__(name, str(ROOT / file))
         self.code = code
 
@@ -191,7 +185,12 @@ def attempt(
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, sys.stdout.fileno())
     os.dup2(sink, sys.stderr.fileno())
-    sys.meta_path.insert(0, Loader(file, code))
+    loader = Loader(file, code)
+    sys.meta_path.insert(0, loader)
+    try:  # before pytest does, which would take files with doctests from the disk
+        importlib.import_module(loader.name)
+    except Exception:
+        return int(pytest.ExitCode.INTERRUPTED)
     status = NONE
     for order in sessions:
         files = dict.fromkeys(test.partition("::")[0] for test in order)
@@ -290,6 +289,7 @@ def main() -> None:
     parser.add_argument("--unchanged", action="store_true", help="change nothing: all survive?")
     args = parser.parse_args()
     os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
     settings = hypothesis.settings(derandomize=True, database=None, deadline=None)
     hypothesis.settings.register_profile("mutants", settings)
     hypothesis.settings.load_profile("mutants")

@@ -5,6 +5,7 @@ A change is known by its function and its statement, and so is found again after
 
 import ast
 import copy
+import json
 import random
 import warnings
 from collections import Counter, defaultdict
@@ -214,3 +215,9 @@ def find(rows: list[dict[str, Any]]) -> Iterator[tuple[Mutant, Place] | None]:
         path = Path(row["file"])
         likeness = [(Path(at.file) == path, Path(at.file).name == path.name) for _, at in found]
         yield found[likeness.index(max(likeness))] if found else None
+
+
+def write(table: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the table, a change in a line."""
+    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    table.write_text(f"[\n{text}\n]\n")
