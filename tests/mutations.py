@@ -210,11 +210,11 @@ def find(rows: list[dict[str, Any]]) -> Iterator[tuple[Mutant, Place] | None]:
         known[loosely(mutant)].append((mutant, place))
     for row in rows:
         mutant = Mutant(*(row[field.name] for field in fields(Mutant)))
-        loose = known[loosely(mutant)]
-        found = known[mutant] or (loose if len(loose) == 1 else [])
+        found = known[mutant] or known[loosely(mutant)]
         path = Path(row["file"])
-        likeness = [(Path(at.file) == path, Path(at.file).name == path.name) for _, at in found]
-        yield found[likeness.index(max(likeness))] if found else None
+        alike = [(Path(at.file) == path, Path(at.file).name == path.name) for _, at in found]
+        clear = len(found) == 1 or True in max(alike, default=())
+        yield found[alike.index(max(alike))] if clear else None
 
 
 def write(table: Path, rows: list[dict[str, Any]]) -> None:
