@@ -34,11 +34,21 @@ import hypothesis
 import pytest
 from mutations import AREAS, ROOT, Place, changed, draw, find, where, write
 
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:cov", "-p", "no:xdist"]
+OPTIONS = [
+    "-q",
+    "-o",
+    "addopts=--doctest-modules",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:cov",
+    "-p",
+    "no:xdist",
+]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported before
 # tests that run no part of these areas alone
 IGNORED = (
-    *("arch_zoo", "compare", "distributed", "integrations"),
+    *("arch_zoo", "compare", "distributed", "integrations", "lab"),
     *("test_automtl", "test_bench", "test_cheap_modes", "test_combinations", "test_demo"),
 )
 PRELOADED = ("torch", "torch._dynamo", "torch.profiler", "scipy.optimize", "scipy.stats", "cvxpy")

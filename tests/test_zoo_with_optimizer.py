@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from arch_zoo import CrossStitch, DSelectK, MultiTaskModel
 from gradbal import aggregate, engines
-from gradbal.graph.plan import Plan, make_plan, members
+from gradbal.graph.heads_and_trunk import Plan, make_plan, members
 from gradbal.lab.demo import architectures
 from gradbal.lab.demo.architectures import ARCHITECTURES
 

@@ -11,8 +11,8 @@ from torch.autograd.graph import GradientEdge
 
 from gradbal._utils.dtensor import check_arrived, check_placed, own_part
 from gradbal._utils.torch_private import ones_at
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch
-from gradbal.graph.plan import Plan
 
 
 def harvest(

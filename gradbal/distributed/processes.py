@@ -10,8 +10,8 @@ from gradbal._utils.dtensor import Holding
 from gradbal.distributed.counts import Counts, read_counts
 from gradbal.distributed.layout import Columns, RowStorage
 from gradbal.distributed.row_averages import NoExchange
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch, Losses, named_losses, read_batch
-from gradbal.graph.plan import Plan
 
 Known = Mapping[int, int]
 MakePlans = Callable[[Known], list[Plan]]

@@ -16,8 +16,8 @@ from gradbal.distributed.gradient_averages import Averaging
 from gradbal.distributed.layout import Columns, RowStorage
 from gradbal.distributed.processes import ALONE, Key, Known, MakePlans, Names, Processes, Settled
 from gradbal.distributed.row_averages import Exchange, NoExchange
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch, Losses, named_losses, placeholder, read_batch
-from gradbal.graph.plan import Plan
 
 SMALL = 2**14  # columns up to which one message with whole rows costs less than many with parts
 

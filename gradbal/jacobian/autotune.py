@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal.graph.cost import ACCELERATOR, CPU, count, entries_at, free_bytes
-from gradbal.graph.plan import Plan
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.jacobian.engines import Batched, Engine, Factored, Sequential, Streaming
 from gradbal.jacobian.factored import find_layers
 from gradbal.jacobian.pull import Segment

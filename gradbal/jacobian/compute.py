@@ -9,9 +9,9 @@ from torch import Tensor
 from gradbal.distributed import ALONE, Processes
 from gradbal.distributed.fsdp import harvest_rows, pull_whole
 from gradbal.graph.cost import entries_at
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import BESIDE, MODEL
-from gradbal.graph.plan import Plan
 from gradbal.graph.segments import Piece
 from gradbal.jacobian.blocks import Workspace
 from gradbal.jacobian.by_parameter import ByParameter, RowsByParameter

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal._utils.dtensor import own_part
 from gradbal._utils.torch_private import ones_at
-from gradbal.graph.plan import Plan
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.walk import Boundary
 from gradbal.jacobian.pull import Cotangent, Rows, Segment, pull
 from gradbal.solvers.gram import added

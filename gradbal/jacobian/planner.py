@@ -10,9 +10,9 @@ from gradbal._utils import torch_private
 from gradbal._utils.log import Log
 from gradbal._utils.profiler import phase
 from gradbal._utils.torch_private import order_of_creation
+from gradbal.graph.heads_and_trunk import Plan, make_plan
 from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import Roles
-from gradbal.graph.plan import Plan, make_plan
 from gradbal.jacobian.autotune import ENGINES, Choices, Chooser
 from gradbal.jacobian.engines import Engine, Factored, Representation
 from gradbal.jacobian.layers import Layer

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradbal.distributed import Processes, shared_out
-from gradbal.graph.plan import Place, Plan, mark, several
+from gradbal.graph.heads_and_trunk import Place, Plan, mark, several
 from gradbal.graph.walk import Boundary, made_of_parameters
 from gradbal.jacobian.pull import Rows
 from gradbal.jacobian.sparse import summed, weighted

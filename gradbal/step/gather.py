@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gradbal.distributed import Processes
 from gradbal.distributed.fsdp import harvest
+from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch
-from gradbal.graph.plan import Plan
 from gradbal.jacobian.by_parameter import ByParameter
 from gradbal.jacobian.compute import Descent
 from gradbal.jacobian.engines import Representation

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from gradbal.graph.plan import make_plan, mark
+from gradbal.graph.heads_and_trunk import make_plan, mark
 from gradbal.graph.walk import walk_graph
 
 

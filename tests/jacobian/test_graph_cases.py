@@ -21,7 +21,7 @@ from models import (
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from gradbal.graph.plan import make_plan
+from gradbal.graph.heads_and_trunk import make_plan
 
 every = pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 

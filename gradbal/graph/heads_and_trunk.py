@@ -1,4 +1,4 @@
-"""The plan: which parameters the tasks share, and where their graphs meet."""
+"""The plan of a step: which parameters are heads, which the trunk, and where the graphs meet."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
