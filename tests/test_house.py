@@ -144,7 +144,7 @@ def test_every_rule_has_its_own_module_of_the_same_name() -> None:
 
 PRIVATE = re.compile(
     r"""(?<![\w"'])_(saved|raw_saved)_|\._input_metadata|\._sequence_nr|\._use_count|_DDPSink"""
-    r"""|\._backward_hooks|_C\._|_profiler_enabled|\._cdata"""
+    r"""|\._backward_hooks|_C\._|_is_profiler_enabled|\._cdata"""
 )
 
 
@@ -158,7 +158,7 @@ def test_private_names_of_torch_stand_in_one_module() -> None:
 
 # Calls, files and changes of file of one step of a two-task model, as a profiler sees them. To be
 # lowered whenever the step gets shorter; never raised without a reason in the commit.
-CEILINGS = {"upgrad": (415, 44, 210), "ew": (140, 30, 90)}
+CEILINGS = {"upgrad": (425, 44, 220), "ew": (140, 30, 90)}
 
 
 @pytest.mark.parametrize("rule", CEILINGS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
+from torch.autograd import profiler
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.parallel.distributed import _DDPSink
 from torch.optim import optimizer as _optimizer
@@ -31,7 +31,10 @@ GLOBAL_OPTIMIZER_HOOKS = (
     _optimizer._global_optimizer_post_hooks,
 )
 
-profiler_enabled = _profiler_enabled
+
+def profiler_enabled() -> bool:
+    """Say whether a profiler of torch is running; torch.compile can trace this one."""
+    return bool(profiler._is_profiler_enabled)
 
 
 # ---------------------------------------------------------------------- tensors saved by a node

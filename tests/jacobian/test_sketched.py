@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbal import engines
+from gradbal._utils.torch_private import missing
 from gradbal.jacobian.layers import Convolution, Sketch
 
 FINDER: Any = importlib.import_module("gradbal.jacobian.factored")  # the package's is the function
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture(autouse=True)

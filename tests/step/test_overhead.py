@@ -56,7 +56,7 @@ def plain(n_tasks: int) -> Counter[str]:
 def test_rules_on_losses_dispatch_as_much_for_many_tasks_as_for_few(rule: str) -> None:
     few, many = (counted(rule, n_tasks).all.total() - plain(n_tasks).total() for n_tasks in (2, 8))
     assert few == many
-    assert rule != "ew" or few <= 4
+    assert rule != "ew" or few <= 5  # torch 2.7 makes the initial gradient in two operations
 
 
 NAMES = {
