@@ -24,11 +24,12 @@ from benchmarks import options as opts
 from benchmarks import scenes
 from benchmarks.automtl_report import ALONE, FOUND, RANDOM, page
 from gradbal import MTLOptimizer, rule_names
-from gradbal.lab.compare import resume, training
-from gradbal.lab.compare.problem import Examples, Problem
-from gradbal.lab.compare.problems import two_digits
 from gradbal.lab.demo.automtl import STAGES
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.problems import two_digits
+from gradbal.lab.problems.problem import Examples, Problem
+from gradbal.lab.training import loop as training
+from gradbal.lab.training import resume
+from gradbal.lab.training.loop import one_thread
 
 LR = 3e-3  # of Adam, the same for every method
 PRESET = replace(SMALL, posttrain=replace(SMALL.posttrain, steps=0))  # it is trained as the others

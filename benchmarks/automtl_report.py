@@ -9,10 +9,10 @@ from typing import Any
 
 from gradbal._utils.tables import markdown_table
 from gradbal.diagnostics.plots import MARKS, new_figure, tidy
-from gradbal.lab.compare.intervals import Interval, Paired
-from gradbal.lab.compare.problem import Task
-from gradbal.lab.compare.summary import delta_m
 from gradbal.lab.compare.tables import made_by
+from gradbal.lab.problems.problem import Task
+from gradbal.lab.training.intervals import Interval, Paired
+from gradbal.lab.training.summary import delta_m
 
 ALONE, FOUND, RANDOM = "alone", "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together

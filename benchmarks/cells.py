@@ -12,8 +12,8 @@ from torch import Tensor
 from arch_zoo import LearningToBranch, MultiTaskModel
 from benchmarks.problems import Problem, Split, Task, problem
 from gradbal import MTLOptimizer
-from gradbal.lab.demo.architectures import PLAIN, build
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.models.architectures import PLAIN, build
+from gradbal.lab.training.loop import one_thread
 
 LEARNING_RATE = 3e-3  # of Adam, the same for every cell
 ALONE = "alone"  # stands for the architecture where a task is trained by itself
@@ -25,7 +25,7 @@ class Cell:
 
     Args:
         problem: One of ``problems.PROBLEMS``.
-        arch: One of ``gradbal.lab.demo``'s, or ``ALONE``.
+        arch: One of ``gradbal.lab.models``'s, or ``ALONE``.
         rule: A registered rule; the task's name for a task alone.
         seed: Seed of the split, the weights at the start, the batches and the rule.
         epochs: Passes through the training examples.

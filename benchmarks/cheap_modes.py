@@ -28,9 +28,9 @@ from benchmarks.mulan import mulan
 from benchmarks.problems import Problem, Task
 from benchmarks.tables import PACKAGES
 from gradbal import MTLOptimizer, engines, make_rule, rule_names
-from gradbal.lab.compare import resume
 from gradbal.lab.compare.tables import made_by
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.training import resume
+from gradbal.lab.training.loop import one_thread
 from gradbal.rules._base import GramRule
 
 Problems = Mapping[str, Callable[..., Problem]]

@@ -10,7 +10,7 @@ from benchmarks.problems import Task
 from benchmarks.tables import delta_m
 from gradbal._utils.tables import markdown_table
 from gradbal.diagnostics.plots import new_figure, tidy
-from gradbal.lab.compare.intervals import Interval
+from gradbal.lab.training.intervals import Interval
 
 EXACT, PLAIN = "exact", "plain sum"
 

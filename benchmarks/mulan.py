@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from benchmarks.problems import Problem, Split, Task, divide, mlp
-from gradbal.lab.compare.arff import read_columns
-from gradbal.lab.compare.splitting import in_deviations, standardised
+from gradbal.lab.problems.arff import read_columns
+from gradbal.lab.problems.splitting import in_deviations, standardised
 
 BATCH, WIDTH = 32, 512
 

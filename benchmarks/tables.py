@@ -7,7 +7,7 @@ from benchmarks.cells import ALONE, Cell, Record
 from benchmarks.problems import Task, problem
 from gradbal._utils.tables import markdown_table
 from gradbal.lab.compare.tables import Line, made_by
-from gradbal.lab.demo import report
+from gradbal.lab.training import summary
 
 Records = Mapping[Cell, Record]
 PACKAGES = ("torch", "scikit-learn")
@@ -27,8 +27,9 @@ def delta_m(
         >>> delta_m({"a": 0.72, "b": 2.2}, {"a": 0.8, "b": 2.0}, {"a": Task(2), "b": Task()})
         10.0
     """
-    higher = {name: task.higher for name, task in tasks.items()}
-    return round(report.delta_m(scores, {name: alone[name] for name in tasks}, higher), 10)
+    ours, theirs = ({name: {"score": some[name]} for name in tasks} for some in (scores, alone))
+    higher = {name: {"score": task.higher} for name, task in tasks.items()}
+    return round(summary.delta_m(ours, theirs, higher), 10)
 
 
 def heading(command: str) -> str:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import gradbal
-from gradbal import cli, make_rule, rule_names
+from gradbal import make_rule, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
-from gradbal.lab import demo
-from gradbal.lab.compare import resume
-from gradbal.lab.demo import automtl, settings
+from gradbal.lab import checks, commands, demo
+from gradbal.lab.demo import automtl
+from gradbal.lab.training import resume
 from gradbal.rules import _registry as registry
 from gradbal.rules._base import GradientRule, GramRule, LossRule, Rule
 from gradbal.rules._registry import RULES
@@ -154,7 +154,7 @@ def test_tables_hold_every_cell() -> None:
         "a            10",
         "long name     -",
     ]
-    assert markdown_table(rows).splitlines() == [
+    assert markdown_table(rows, code=True).splitlines() == [
         "| name | size |",
         "|---|---|",
         "| `a` | 10 |",
@@ -211,7 +211,7 @@ def test_out_must_take_a_file(
     def denied(dir: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
-    monkeypatch.setattr(settings, "TemporaryFile", denied)  # root may write anywhere
+    monkeypatch.setattr(checks, "TemporaryFile", denied)  # root may write anywhere
     assert refused(capsys, *SAVING[name], "--out", str(tmp_path)) == (
         f"{name.partition(',')[0]}: `out` must be a folder that can be written, got "
         f"{str(tmp_path)!r} (Permission denied).\n"
@@ -219,7 +219,7 @@ def test_out_must_take_a_file(
 
 
 def test_the_check_of_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    settings.new_folder("mine", tmp_path / "new")
+    checks.new_folder("mine", tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -308,7 +308,7 @@ def test_an_interrupt_with_nothing_to_say_ends_with_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "rule_times", interrupted)
+    monkeypatch.setattr(commands, "rule_times", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["bench"])
     assert ended.value.code == 130

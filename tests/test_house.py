@@ -232,7 +232,12 @@ OLD_PATHS = {
     "gradbal.diagnostics": ["Recorder", "layer_conflicts"],
     "gradbal.engines": ["Auto", "Sequential", "Batched", "Factored", "Streaming", "Sketched"],
     "gradbal.compare": ["Settings", "run"],
-    "gradbal.compare.problems": [],
+    "gradbal.compare.problems": ["PROBLEMS", "load"],
+    "gradbal.compare.problems.mulan": ["load"],
+    "gradbal.compare.problem": ["Problem", "Task", "Batch", "Split", "Examples", "Stored", "Apart"],
+    "gradbal.compare.summary": ["delta_m", "delta_p", "mean_rank", "average"],
+    "gradbal.compare.intervals": ["Interval", "Paired", "holm"],
+    "gradbal.compare.toy": ["PROTOCOLS", "distance", "losses", "pareto_front", "paths"],
     "gradbal.demo": ["run"],
     "gradbal.core": ["Core"],
 }
@@ -246,11 +251,14 @@ def test_documented_import_paths_still_work(path: str) -> None:
 
 
 def test_an_old_path_is_the_module_that_took_its_place() -> None:
+    import gradbal.compare.settings
     import gradbal.rule
     from gradbal.rule import GramRule
 
+    from gradbal.lab.compare import settings
     from gradbal.rules import _base
 
+    assert gradbal.compare.settings is settings
     assert gradbal.rule is _base
     assert GramRule is gradbal.GramRule
     assert _base.__spec__ is not None

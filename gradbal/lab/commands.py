@@ -11,8 +11,9 @@ from gradbal.jacobian.engines import PRESETS
 from gradbal.lab.bench.report import Report
 from gradbal.lab.bench.rules import rule_times
 from gradbal.lab.bench.steps import Target
+from gradbal.lab.checks import check_rules
 from gradbal.lab.compare import command
-from gradbal.lab.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings, check_rules
+from gradbal.lab.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings
 from gradbal.rules._registry import RULES
 
 BENCH_SECONDS = 2.0  # for each rule with each engine

@@ -21,7 +21,7 @@ from benchmarks.automtl_report import (
     table,
     verdict,
 )
-from gradbal.lab.compare.problem import Problem
+from gradbal.lab.problems.problem import Problem
 
 SMALL = replace(
     automtl.PRESET,

@@ -21,7 +21,7 @@ from benchmarks.frontier import EXACT, PLAIN, Point, frontier, table
 from benchmarks.mulan import mulan
 from benchmarks.problems import PROBLEMS, Task, divide
 from gradbal.jacobian.engines import Representation
-from gradbal.lab.compare.intervals import Interval
+from gradbal.lab.training.intervals import Interval
 
 KNOWN = {"tumours": cheap_modes.tumours, "digits": cheap_modes.digits}
 CELL = Cell("tumours", "upgrad", EXACT, seed=0, steps=2, lr=1e-3)

@@ -16,8 +16,8 @@ from benchmarks.cells import ALONE, Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS, Task, problem
 from benchmarks.tables import delta_m, render
 from gradbal import rule_names
-from gradbal.lab.compare.resume import read_records
-from gradbal.lab.demo.architectures import ARCHITECTURES, build
+from gradbal.lab.models.architectures import ARCHITECTURES, build
+from gradbal.lab.training.resume import read_records
 
 TASKS = ["diagnosis", "texture", "smoothness", "symmetry"]
 CELLS = cells_of(["tumours"], ["HPS", "DSelectK"], ["dwa", "upgrad"], [0], 3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.cli import main
-from gradbal.lab.compare.toy import (
+from gradbal.lab.toy.problem import (
     CENTRE,
     NEAR,
     PROTOCOLS,
@@ -18,7 +18,7 @@ from gradbal.lab.compare.toy import (
     pareto_front,
     paths,
 )
-from gradbal.lab.compare.toy_runs import arrivals
+from gradbal.lab.toy.runs import arrivals
 
 FAR, CORNER = (-8.5, 7.5), (9.0, 9.0)  # the two starts that have to cross a valley
 NASH = PROTOCOLS["nash"]

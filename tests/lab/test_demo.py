@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradbal.lab.demo import Report, Settings, contest, data, draw, run
-from gradbal.lab.demo.architectures import ARCHITECTURES
+from gradbal.lab.demo import Report, Settings, contest, draw, run
 from gradbal.lab.demo.contest import Balanced, Learner, judge, new_model, train
-from gradbal.lab.demo.data import Pictures, Splits, compose, split, two_digits
 from gradbal.lab.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
 from gradbal.lab.demo.report import HEADER, Look, Outcome, best_epoch, delta_m
+from gradbal.lab.models.architectures import ARCHITECTURES
+from gradbal.lab.models.two_digits import HEIGHT, WIDTH
+from gradbal.lab.problems import pictures as data
+from gradbal.lab.problems.pictures import Pictures, Splits, compose, split, two_digits
+from gradbal.lab.training.loop import one_thread
 
 COPIES = (2, 1, 1)
 RULES = ("uw", "famo", "gradnorm", "graddrop", "upgrad")  # every kind of rule
@@ -61,7 +64,7 @@ def test_every_pair_of_digits_is_equally_frequent(splits: Splits) -> None:
     for part, copies in zip(splits, COPIES, strict=True):
         pairs = (10 * part.left + part.right).bincount(minlength=100)
         assert pairs.tolist() == [copies] * 100
-        assert part.images.shape == (100 * copies, 1, data.HEIGHT, data.WIDTH)
+        assert part.images.shape == (100 * copies, 1, HEIGHT, WIDTH)
 
 
 def test_no_digit_is_in_two_splits() -> None:
@@ -285,6 +288,6 @@ def test_test_pictures_are_used_once_per_network(
 
 def test_the_number_of_threads_is_put_back() -> None:
     before = torch.get_num_threads()
-    with contest.one_thread():
+    with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

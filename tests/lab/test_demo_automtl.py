@@ -5,10 +5,11 @@ import torch
 
 from gradbal.lab.demo import automtl
 from gradbal.lab.demo.automtl import HEADER, STAGES, Findings, draw, run
-from gradbal.lab.demo.data import HEIGHT, WIDTH, two_digits
-from gradbal.lab.demo.model import FEATURES, TASKS
+from gradbal.lab.demo.model import TASKS
 from gradbal.lab.demo.report import delta_m
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.two_digits import FEATURES, HEIGHT, WIDTH
+from gradbal.lab.problems.pictures import two_digits
 
 COPIES = (2, 1, 1)
 RULES = ("ew", "upgrad")

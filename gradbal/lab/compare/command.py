@@ -9,11 +9,13 @@ from typing import Any
 
 from gradbal._utils import checks
 from gradbal._utils.tables import markdown_table
-from gradbal.lab.compare import run, toy_runs
-from gradbal.lab.compare.problems import PROBLEMS, check_problem
-from gradbal.lab.compare.settings import OPTIMIZERS, OWNER, RULES_BY_DEFAULT, Settings
-from gradbal.lab.compare.toy import PROTOCOLS
-from gradbal.lab.demo.settings import check_packages, new_folder
+from gradbal.lab.checks import check_packages, new_folder
+from gradbal.lab.compare import run
+from gradbal.lab.compare.settings import OWNER, RULES_BY_DEFAULT, Settings
+from gradbal.lab.problems import PROBLEMS, check_problem
+from gradbal.lab.toy import runs as toy_runs
+from gradbal.lab.toy.problem import PROTOCOLS
+from gradbal.lab.training.loop import OPTIMIZERS
 
 TOY = "toy"
 NAMES = (TOY, *PROBLEMS)

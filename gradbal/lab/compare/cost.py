@@ -9,9 +9,8 @@ from torch import Generator, Tensor, nn
 
 from gradbal.lab.bench.measure import WARMUP, Step, in_turn, peaks
 from gradbal.lab.bench.steps import balanced_step, summed_step
-from gradbal.lab.compare.settings import OPTIMIZERS, Settings
-from gradbal.lab.compare.training import further, new_model, some
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.compare.settings import Settings
+from gradbal.lab.training.loop import OPTIMIZERS, further, new_model, one_thread, some
 
 SECONDS = 2.0  # for a rule and the plain sum together
 

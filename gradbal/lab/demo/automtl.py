@@ -17,12 +17,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from gradbal.lab.demo import plots
-from gradbal.lab.demo.architectures import Stages
-from gradbal.lab.demo.contest import BATCH, Balanced, Learner, judge, net_of, one_thread, train
-from gradbal.lab.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
-from gradbal.lab.demo.model import FEATURES, TASKS, heads
+from gradbal.lab.demo.contest import BATCH, Balanced, Learner, judge, net_of, train
+from gradbal.lab.demo.model import TASKS
 from gradbal.lab.demo.report import SCORES, Outcome, delta_m, shown
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.architectures import Stages
+from gradbal.lab.models.two_digits import FEATURES, HEIGHT, WIDTH, heads
+from gradbal.lab.problems.pictures import COPIES, Pictures, Splits, two_digits
+from gradbal.lab.training.loop import one_thread
 from gradbal.optimizer import MTLOptimizer
 
 CHANNELS = (12, 16, 24, 32)  # of the convolutions, from the input on
@@ -162,7 +164,7 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Finding
 
     Args:
         settings: What users may set; the epochs are those of training.
-        copies: Size of the data set, see :func:`gradbal.lab.demo.data.two_digits`.
+        copies: Size of the data set, see :func:`gradbal.lab.problems.pictures.two_digits`.
 
     Raises:
         ValueError: If a package is missing or no file can be written into the folder.

@@ -1,18 +1,19 @@
 """Train all rules and the single-task baselines in turn, on the same batches."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
-from gradbal.lab.demo.architectures import PLAIN, build
-from gradbal.lab.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
-from gradbal.lab.demo.model import STAGES, TASKS, Scores, TwoDigitNet, heads, losses_of, scores_of
+from gradbal.lab.demo.model import TASKS, Scores, TwoDigitNet, losses_of, scores_of
 from gradbal.lab.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.architectures import PLAIN, build
+from gradbal.lab.models.two_digits import HEIGHT, STAGES, WIDTH, heads
+from gradbal.lab.problems.pictures import COPIES, Pictures, Splits, two_digits
+from gradbal.lab.training.loop import one_thread
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rules._base import LossRule
 
@@ -24,7 +25,7 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
 
     Args:
         settings: What users may set.
-        copies: Size of the data set, see :func:`gradbal.lab.demo.data.two_digits`.
+        copies: Size of the data set, see :func:`gradbal.lab.problems.pictures.two_digits`.
 
     Raises:
         ValueError: If a package is missing or no file can be written into the folder.
@@ -41,17 +42,6 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
         together = [Balanced(rule, copy.deepcopy(model), settings) for rule in settings.contestants]
         train(alone, together, splits, settings)
         return Report(*judge(alone, together, splits.test))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: for tensors this small more of them only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def new_model(settings: Settings, train: Pictures, arch: str) -> TwoDigitNet:

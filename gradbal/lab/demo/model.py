@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
+from gradbal.lab.problems.pictures import Pictures
 
 Scores = dict[str, float]
 HIGHER_IS_BETTER = {"left": True, "right": True, "distance": False}
 TASKS = tuple(HIGHER_IS_BETTER)
-CHANNELS, FEATURES, HIDDEN = 16, 64, 32
 
 
 class TwoDigitNet(nn.Module):
@@ -20,7 +19,7 @@ class TwoDigitNet(nn.Module):
     Args:
         centre: Mean distance of the training pictures, in pixels.
         spread: Its standard deviation.
-        body: From pictures to outputs by task, see :func:`gradbal.lab.demo.architectures.build`.
+        body: From pictures to outputs by task, see :func:`gradbal.lab.models.architectures.build`.
     """
 
     def __init__(self, centre: float, spread: float, body: nn.Module) -> None:
@@ -38,32 +37,6 @@ class TwoDigitNet(nn.Module):
         schedule: Any = getattr(self.body, "tau", None)  # of an architecture known by name only
         if schedule is not None:
             schedule.step()
-
-
-def _convolution(inputs: int, outputs: int, width: int) -> nn.Module:
-    layer = nn.Conv2d(inputs, outputs, width, stride=2, padding=width // 2)
-    return nn.Sequential(layer, nn.ReLU())
-
-
-def _features() -> nn.Module:
-    inputs = 2 * CHANNELS * (HEIGHT // 4) * (WIDTH // 4)
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
-
-
-def heads() -> dict[str, nn.Module]:
-    """Return new heads, by task."""
-    return {"left": _head(10), "right": _head(10), "distance": _head(1)}
-
-
-def _head(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs))
-
-
-STAGES = (
-    lambda: _convolution(1, CHANNELS, 5),
-    lambda: _convolution(CHANNELS, 2 * CHANNELS, 3),
-    _features,
-)
 
 
 def losses_of(model: TwoDigitNet, batch: Pictures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """One run: a model of one architecture, trained by one rule, stopped by its validation figures."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -10,17 +11,21 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from gradbal.lab.compare.problem import Batch, Problem, Split, Task
-from gradbal.lab.compare.settings import OPTIMIZERS, Settings
-from gradbal.lab.compare.summary import Scores, delta_m
-from gradbal.lab.demo.architectures import PLAIN, build
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.models.architectures import PLAIN, build
+from gradbal.lab.problems.problem import Batch, Problem, Split, Task
+from gradbal.lab.training.summary import Scores, delta_m
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rules._registry import make_rule
 
 ALONE = "alone"  # stands for the architecture where a task is trained by itself
 SPARE = 2**32  # between the seed of the batches and that of further batches, for rules with several
 Tasks = Mapping[str, Task]
+Load = Callable[[int], Problem]  # from a seed
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -96,14 +101,25 @@ class Record:
         return self.curve[self.epoch - 1] if self.epoch else inf
 
 
-def train(settings: Settings, cell: Cell) -> Record:
+def train(load: Load, cell: Cell) -> Record:
     """Train, choose the epoch on validation, test once; in one thread, global generators kept."""
-    data = settings.load(cell.seed)
+    data = load(cell.seed)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(cell.seed)
         tasks = tasks_of(data, cell.arch, cell.rule)
         model = new_model(data, cell.arch, tasks).to(cell.device)
         return fit(model, tasks, data, cell)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for tensors this small more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tasks_of(data: Problem, arch: str, rule: str) -> Tasks:

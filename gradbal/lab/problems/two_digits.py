@@ -2,14 +2,14 @@
 
 from functools import partial
 
-from gradbal.lab.compare import files
-from gradbal.lab.compare.encoders import mlp_head
-from gradbal.lab.compare.losses import cross_entropy, squared_error
-from gradbal.lab.compare.metrics import Accuracy, Errors
-from gradbal.lab.compare.problem import Examples, Problem, Task
-from gradbal.lab.demo.data import COPIES
-from gradbal.lab.demo.data import two_digits as pictures
-from gradbal.lab.demo.model import FEATURES, HIDDEN, STAGES
+from gradbal.lab.models.encoders import mlp_head
+from gradbal.lab.models.two_digits import FEATURES, HIDDEN, STAGES
+from gradbal.lab.problems import files
+from gradbal.lab.problems.losses import cross_entropy, squared_error
+from gradbal.lab.problems.metrics import Accuracy, Errors
+from gradbal.lab.problems.pictures import COPIES
+from gradbal.lab.problems.pictures import two_digits as pictures
+from gradbal.lab.problems.problem import Examples, Problem, Task
 
 
 def load(*, seed: int = 0, copies: tuple[int, int, int] = COPIES) -> Problem:

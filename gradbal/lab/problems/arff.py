@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradbal.lab.compare import files
+from gradbal.lab.problems import files
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.lab.compare import files
+from gradbal.lab.problems import files
 
 WIDTH, LONGEST = 1024, 5
 EXPECTED = "a CSV file, plain or gzipped, with a column smiles and one column for each task"

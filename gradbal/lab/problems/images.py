@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.lab.compare import files
+from gradbal.lab.problems import files
 
 
 def read(owner: str, path: Path, side: int) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from gradbal.diagnostics.plots import DASHES, MARKS, new_figure, tidy
-from gradbal.lab.compare import resume
 from gradbal.lab.compare.tables import Line
-from gradbal.lab.compare.toy import CENTRE, NEAR, PROTOCOLS, distance, losses, pareto_front, paths
+from gradbal.lab.toy.problem import CENTRE, NEAR, PROTOCOLS, distance, losses, pareto_front, paths
+from gradbal.lab.training import resume
 
 SPREAD = 0.01  # deviation of perturbed starts
 RULES_BY_DEFAULT = ("ew", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "famo", "upgrad")
@@ -24,7 +24,7 @@ class Cell:
     """What is run.
 
     Args:
-        protocol: One of ``toy.PROTOCOLS``.
+        protocol: One of ``PROTOCOLS``.
         rule: A registered rule.
         copies: Runs from each start: one as it is, the others from points near it.
         steps: Of Adam.
@@ -80,7 +80,7 @@ def arrivals(frames: torch.Tensor, steps: int) -> list[int]:
     """Return for each run the step from which on it is at the front; -1 where it is not.
 
     Args:
-        frames: As :func:`gradbal.lab.compare.toy.paths` returns them, shape ``[frames, n, 2]``.
+        frames: As :func:`gradbal.lab.toy.problem.paths` returns them, shape ``[frames, n, 2]``.
         steps: Between the first and the last.
     """
     away = (distance(frames) > NEAR).int()
@@ -103,7 +103,7 @@ def run(
     """Run what the output folder does not hold yet.
 
     Args:
-        protocol: One of ``toy.PROTOCOLS``.
+        protocol: One of ``PROTOCOLS``.
         rules: Registered names.
         out: The folder.
         copies: Runs from each start.

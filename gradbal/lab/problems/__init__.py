@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gradbal._utils.checks import did_you_mean
-from gradbal.lab.compare.problem import Problem
-from gradbal.lab.compare.problems import (
+from gradbal.lab.problems import (
     celeba,
     census,
     cityscapes,
@@ -19,6 +18,7 @@ from gradbal.lab.compare.problems import (
     tox21,
     two_digits,
 )
+from gradbal.lab.problems.problem import Problem
 
 WITH_PATH: dict[str, Callable[..., Problem]] = {
     "multi_mnist": multi_mnist.load,

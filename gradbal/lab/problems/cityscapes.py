@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from gradbal.lab.compare import dense
-from gradbal.lab.compare.encoders import pixel_head, segnet
-from gradbal.lab.compare.losses import absolute_error, cross_entropy
-from gradbal.lab.compare.metrics import Depth, Segmentation
-from gradbal.lab.compare.problem import Problem, Published, Task
+from gradbal.lab.models.encoders import pixel_head, segnet
+from gradbal.lab.problems import dense
+from gradbal.lab.problems.losses import absolute_error, cross_entropy
+from gradbal.lab.problems.metrics import Depth, Segmentation
+from gradbal.lab.problems.problem import Problem, Published, Task
 
 CLASSES = 7
 KINDS: dense.Kinds = {"image": (3,), "label": (), "depth": (1,)}

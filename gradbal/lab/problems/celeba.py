@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradbal.lab.compare import files, images
-from gradbal.lab.compare.encoders import cnn, linear_head
-from gradbal.lab.compare.losses import binary_cross_entropy
-from gradbal.lab.compare.metrics import F1
-from gradbal.lab.compare.problem import Problem, Published, Stored, Task
+from gradbal.lab.models.encoders import cnn, linear_head
+from gradbal.lab.problems import files, images
+from gradbal.lab.problems.losses import binary_cross_entropy
+from gradbal.lab.problems.metrics import F1
+from gradbal.lab.problems.problem import Problem, Published, Stored, Task
 
 NAME, SIDE = "celeba", 64
 ATTRIBUTES, PARTITION, PICTURES = (

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SIDE = 8  # of a digit, in pixels
-HEIGHT, WIDTH = 12, 24  # of a picture; each digit lies somewhere in its half
+from gradbal.lab.models.two_digits import HEIGHT, WIDTH
+
+SIDE = 8  # of a digit, in pixels; it lies somewhere in its half of a picture
 SHARES = (0.6, 0.2, 0.2)  # of the digits, for training, validation and test
 NOISE = 0.15  # standard deviation of what is added to every pixel
 COPIES = (40, 10, 20)  # pictures of each of the 100 pairs of digits, for the same three

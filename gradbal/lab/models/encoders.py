@@ -1,13 +1,13 @@
 """Encoders as stages, and heads: plain modules such as the problems were published with."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from gradbal.lab.compare.problem import Factory
-
+Factory = Callable[[], nn.Module]
 Stages = tuple[Factory, ...]
 
 

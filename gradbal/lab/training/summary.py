@@ -1,12 +1,9 @@
-"""One number for many figures: the relative changes of the field, and the mean rank."""
+"""Summaries of many figures in one number: Delta_m, Delta_p, the mean rank, the mean."""
 
 from collections.abc import Mapping
-from statistics import fmean
-from typing import TypeVar
+from math import nan
+from statistics import fmean, mean
 
-from gradbal.lab.demo import report
-
-T = TypeVar("T")
 Scores = Mapping[str, Mapping[str, float]]  # figures by task
 Higher = Mapping[str, Mapping[str, bool]]  # for each figure whether a higher one is better
 
@@ -25,8 +22,22 @@ def delta_m(scores: Scores, baseline: Scores, higher: Higher) -> float:
 
     Returns:
         The change; NaN where a baseline is zero.
+
+    Example:
+        >>> higher = {"digit": {"accuracy": True}, "distance": {"mae": False}}
+        >>> alone = {"digit": {"accuracy": 0.8}, "distance": {"mae": 0.2}}
+        >>> delta_m({"digit": {"accuracy": 0.88}, "distance": {"mae": 0.25}}, alone, higher)
+        7.5
     """
-    return report.delta_m(_flat(scores), _flat(baseline), _flat(higher))
+    pairs = [(task, name) for task, figures in baseline.items() for name in figures]
+    if not all(baseline[task][name] for task, name in pairs):
+        return nan
+    return 100 * mean(
+        (-1 if higher[task][name] else 1)
+        * (scores[task][name] - baseline[task][name])
+        / baseline[task][name]
+        for task, name in pairs
+    )
 
 
 def delta_p(scores: Scores, baseline: Scores, higher: Higher) -> float:
@@ -45,7 +56,7 @@ def delta_p(scores: Scores, baseline: Scores, higher: Higher) -> float:
     Returns:
         The gain; NaN where a baseline is zero.
     """
-    return -fmean(report.delta_m(scores[t], baseline[t], higher[t]) for t in baseline)
+    return -fmean(delta_m(scores, {task: some}, higher) for task, some in baseline.items())
 
 
 def mean_rank(pool: Mapping[str, Scores], higher: Higher) -> dict[str, float]:
@@ -57,19 +68,14 @@ def mean_rank(pool: Mapping[str, Scores], higher: Higher) -> dict[str, float]:
         pool: The figures of each method.
         higher: As the tasks say it.
     """
-    signs = {key: -1 if up else 1 for key, up in _flat(higher).items()}
-    costs = {
-        name: [sign * figures[key] for key, sign in signs.items()]
-        for name, scores in pool.items()
-        for figures in [_flat(scores)]
-    }
-    return {
-        name: fmean(
-            (1 + sum(o < cost for o in others) + sum(o <= cost for o in others)) / 2
-            for cost, *others in zip(own, *costs.values(), strict=True)
-        )
-        for name, own in costs.items()
-    }
+    from scipy import stats
+
+    signs = {(task, name): -1 if up else 1 for task, s in higher.items() for name, up in s.items()}
+    costs = [
+        [sign * scores[task][name] for (task, name), sign in signs.items()]
+        for scores in pool.values()
+    ]
+    return dict(zip(pool, stats.rankdata(costs, axis=0).mean(axis=1).tolist(), strict=True))
 
 
 def average(scores: Scores, chosen: Mapping[str, str]) -> float:
@@ -80,7 +86,3 @@ def average(scores: Scores, chosen: Mapping[str, str]) -> float:
         chosen: The figure of each task.
     """
     return fmean(scores[task][figure] for task, figure in chosen.items())
-
-
-def _flat(nested: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    return {f"{t}/{name}": value for t, some in nested.items() for name, value in some.items()}

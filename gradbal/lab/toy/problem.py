@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradbal.aggregation import aggregate
-from gradbal.lab.demo.settings import check_rules
+from gradbal.lab.checks import check_rules
 from gradbal.rules._base import Rule
 from gradbal.rules._registry import make_rule
 

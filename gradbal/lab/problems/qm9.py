@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbal.lab.compare import files
-from gradbal.lab.compare.encoders import linear_head
-from gradbal.lab.compare.losses import squared_error
-from gradbal.lab.compare.message_passing import ATOM, BONDS, MessagePassing
-from gradbal.lab.compare.metrics import Errors
-from gradbal.lab.compare.problem import Problem, Published, Stored, Task
-from gradbal.lab.compare.splitting import in_deviations, shuffled
+from gradbal.lab.models.encoders import linear_head
+from gradbal.lab.models.message_passing import ATOM, BONDS, MessagePassing
+from gradbal.lab.problems import files
+from gradbal.lab.problems.losses import squared_error
+from gradbal.lab.problems.metrics import Errors
+from gradbal.lab.problems.problem import Problem, Published, Stored, Task
+from gradbal.lab.problems.splitting import in_deviations, shuffled
 
 NAME = "qm9"
 COLUMNS = {

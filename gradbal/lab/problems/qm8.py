@@ -3,12 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from gradbal.lab.compare import molecules
-from gradbal.lab.compare.encoders import linear_head, mlp
-from gradbal.lab.compare.losses import absolute_error
-from gradbal.lab.compare.metrics import Errors
-from gradbal.lab.compare.problem import Examples, Problem, Published, Task
-from gradbal.lab.compare.splitting import in_deviations, tenths
+from gradbal.lab.models.encoders import linear_head, mlp
+from gradbal.lab.problems import molecules
+from gradbal.lab.problems.losses import absolute_error
+from gradbal.lab.problems.metrics import Errors
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
+from gradbal.lab.problems.splitting import in_deviations, tenths
 
 TASKS = tuple(
     f"{what}-{how}" for how in ("CC2", "PBE0", "CAM") for what in ("E1", "E2", "f1", "f2")

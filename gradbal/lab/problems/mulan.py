@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from gradbal.lab.compare.arff import read_columns
-from gradbal.lab.compare.encoders import linear_head, mlp
-from gradbal.lab.compare.losses import squared_error
-from gradbal.lab.compare.metrics import RelativeError
-from gradbal.lab.compare.problem import Examples, Problem, Published, Task
-from gradbal.lab.compare.splitting import in_deviations, shuffled, standardised
+from gradbal.lab.models.encoders import linear_head, mlp
+from gradbal.lab.problems.arff import read_columns
+from gradbal.lab.problems.losses import squared_error
+from gradbal.lab.problems.metrics import RelativeError
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
+from gradbal.lab.problems.splitting import in_deviations, shuffled, standardised
 
 TARGETS = {
     **{"andro": 6, "atp1d": 6, "atp7d": 6, "edm": 2, "enb": 2, "jura": 3, "oes10": 16, "oes97": 16},

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from gradbal.lab.compare import molecules
-from gradbal.lab.compare.encoders import linear_head, mlp
-from gradbal.lab.compare.losses import binary_cross_entropy
-from gradbal.lab.compare.metrics import AUC
-from gradbal.lab.compare.problem import Examples, Problem, Published, Task
-from gradbal.lab.compare.splitting import tenths
+from gradbal.lab.models.encoders import linear_head, mlp
+from gradbal.lab.problems import molecules
+from gradbal.lab.problems.losses import binary_cross_entropy
+from gradbal.lab.problems.metrics import AUC
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
+from gradbal.lab.problems.splitting import tenths
 
 TASKS = (
     *("NR-AR", "NR-AR-LBD", "NR-AhR", "NR-Aromatase", "NR-ER", "NR-ER-LBD", "NR-PPAR-gamma"),

@@ -8,12 +8,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from gradbal.lab.compare import files
-from gradbal.lab.compare.encoders import lenet, linear_head
-from gradbal.lab.compare.losses import cross_entropy
-from gradbal.lab.compare.metrics import Accuracy
-from gradbal.lab.compare.problem import Examples, Problem, Published, Task
-from gradbal.lab.compare.splitting import shuffled
+from gradbal.lab.models.encoders import lenet, linear_head
+from gradbal.lab.problems import files
+from gradbal.lab.problems.losses import cross_entropy
+from gradbal.lab.problems.metrics import Accuracy
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
+from gradbal.lab.problems.splitting import shuffled
 
 NAME = "multi_mnist"
 EXPECTED = "a folder with t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, plain or gzipped (.gz)"

@@ -8,9 +8,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from gradbal.lab.compare import files
-from gradbal.lab.compare.problem import Stored
-from gradbal.lab.compare.splitting import shuffled
+from gradbal.lab.problems import files
+from gradbal.lab.problems.problem import Stored
+from gradbal.lab.problems.splitting import shuffled
 
 Kinds = dict[str, tuple[int, ...]]  # of arrays, with the axes that they have beside two of pixels
 Labels = dict[str, Tensor]

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradbal.lab.compare import files, images
-from gradbal.lab.compare.encoders import linear_head, resnet18
-from gradbal.lab.compare.losses import cross_entropy
-from gradbal.lab.compare.metrics import Accuracy
-from gradbal.lab.compare.problem import Apart, Problem, Published, Stored, Task
-from gradbal.lab.compare.splitting import shuffled
+from gradbal.lab.models.encoders import linear_head, resnet18
+from gradbal.lab.problems import files, images
+from gradbal.lab.problems.losses import cross_entropy
+from gradbal.lab.problems.metrics import Accuracy
+from gradbal.lab.problems.problem import Apart, Problem, Published, Stored, Task
+from gradbal.lab.problems.splitting import shuffled
 
 NAME = "office"
 EXPECTED = "a folder with one folder for each task, and in these, or in their images, one per class"

@@ -7,12 +7,12 @@ from sys import intern
 import torch
 from torch import Tensor, nn
 
-from gradbal.lab.compare import files
-from gradbal.lab.compare.encoders import Embedded, mlp, mlp_head
-from gradbal.lab.compare.losses import binary_cross_entropy
-from gradbal.lab.compare.metrics import AUC
-from gradbal.lab.compare.problem import Examples, Problem, Published, Task
-from gradbal.lab.compare.splitting import standardised
+from gradbal.lab.models.encoders import Embedded, mlp, mlp_head
+from gradbal.lab.problems import files
+from gradbal.lab.problems.losses import binary_cross_entropy
+from gradbal.lab.problems.metrics import AUC
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
+from gradbal.lab.problems.splitting import standardised
 
 NAME = "census"
 EXPECTED = "a file of Census-Income (KDD), census-income.data or .test, plain or gzipped"

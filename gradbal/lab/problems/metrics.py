@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradbal.lab.compare.losses import labelled
+from gradbal.lab.problems.losses import labelled
 
 NAN = float("nan")
 
@@ -39,7 +39,7 @@ class Metric(ABC):
 
     @abstractmethod
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take rows in, as :func:`gradbal.lab.compare.losses.labelled` returns them."""
+        """Take rows in, as :func:`gradbal.lab.problems.losses.labelled` returns them."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:

@@ -7,12 +7,11 @@ from itertools import chain, repeat
 from typing import NamedTuple, cast
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from gradbal.lab.compare.losses import Loss
-from gradbal.lab.compare.metrics import Metric
-
-Factory = Callable[[], nn.Module]
+from gradbal.lab.models.encoders import Factory
+from gradbal.lab.problems.losses import Loss
+from gradbal.lab.problems.metrics import Metric
 
 
 class Batch(NamedTuple):
@@ -32,7 +31,7 @@ class Task:
     """What one head learns.
 
     Args:
-        loss: Of outputs and targets, see :mod:`gradbal.lab.compare.losses`.
+        loss: Of outputs and targets, see :mod:`gradbal.lab.problems.losses`.
         metric: Makes a new accumulator of the figures that are reported.
         select: The figure that chooses between epochs and between settings.
     """
