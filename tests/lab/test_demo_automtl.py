@@ -9,7 +9,6 @@ from gradbal.lab.demo.model import TASKS
 from gradbal.lab.demo.report import delta_m
 from gradbal.lab.demo.settings import Settings
 from gradbal.lab.models.two_digits import FEATURES, HEIGHT, WIDTH
-from gradbal.lab.problems.pictures import two_digits
 
 COPIES = (2, 1, 1)
 RULES = ("ew", "upgrad")
@@ -88,23 +87,6 @@ def test_same_seed_same_search(found: Findings, tmp_path: Path) -> None:
     policies = [[trial.record.policy for trial in some.trials] for some in (again, found)]
     assert policies[0] == policies[1]
     assert again.rows()[3] == found.rows()[3]
-
-
-def test_halves_of_the_pictures_are_disjoint_and_in_a_new_order_in_every_pass() -> None:
-    pictures = two_digits(seed=3, copies=COPIES).train
-    parts = [torch.arange(half, 200, 2) for half in range(2)]
-
-    def seen(part: int, epoch: int) -> torch.Tensor:
-        batches = automtl._batches(pictures, parts[part], 0, epoch)
-        return torch.cat([images for images, _ in batches])
-
-    first, second, other = seen(0, 0), seen(0, 1), seen(1, 0)
-    assert torch.equal(first, seen(0, 0))
-    assert not torch.equal(first, second)
-    rows = [{tuple(row.tolist()) for row in some.flatten(1)} for some in (first, second, other)]
-    assert rows[0] == rows[1]
-    assert not rows[0] & rows[2]
-    assert len(rows[0] | rows[2]) == 200
 
 
 def test_the_stages_make_an_encoder() -> None:

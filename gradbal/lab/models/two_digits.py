@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from gradbal.lab.models.encoders import mlp_head
+
 HEIGHT, WIDTH = 12, 24  # of a picture
 CHANNELS, FEATURES, HIDDEN = 16, 64, 32
 
@@ -16,17 +18,15 @@ def _features() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
 
 
-def heads() -> dict[str, nn.Module]:
-    """Return new heads, by task."""
-    return {"left": _head(10), "right": _head(10), "distance": _head(1)}
-
-
-def _head(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs))
-
-
 STAGES = (
     lambda: _convolution(1, CHANNELS, 5),
     lambda: _convolution(CHANNELS, 2 * CHANNELS, 3),
     _features,
 )
+OUTPUTS = {"left": 10, "right": 10, "distance": 1}
+HEADS = {task: mlp_head(FEATURES, HIDDEN, n) for task, n in OUTPUTS.items()}
+
+
+def heads() -> dict[str, nn.Module]:
+    """Return new heads, by task."""
+    return {task: make() for task, make in HEADS.items()}

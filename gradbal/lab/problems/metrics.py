@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -108,6 +109,15 @@ class Errors(Mean):
         return {"mae": mean["mae"], "rmse": mean["rmse"] ** 0.5}
 
 
+class SquaredError(Mean):
+    """Mean squared error of a number."""
+
+    higher: ClassVar[Mapping[str, bool]] = {"mse": False}
+
+    def values(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return ((outputs[:, 0].double() - targets).square(),)
+
+
 class RelativeError(Metric):
     r"""Error over that of predicting the training mean, for targets that have mean 0 there.
 
@@ -187,46 +197,46 @@ class Normals(Metric):
         return {"mean": mean, "median": angles.median().item(), **shares}
 
 
-class F1(Metric):
+class Collected(Metric):
+    """One figure that scikit-learn computes from all outputs and answers, which are collected."""
+
+    def __init__(self) -> None:
+        self.batches = [(torch.empty(0).double(), torch.empty(0).bool())]
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        self.batches.append((outputs[:, 0].double().cpu(), (targets > 0).cpu()))
+
+    @abstractmethod
+    def figure(self, answers: np.ndarray, outputs: np.ndarray) -> float:
+        """Return the figure of at least one label."""
+
+    def compute(self) -> dict[str, float]:
+        (name,) = self.higher
+        outputs, answers = (torch.cat(parts).numpy() for parts in zip(*self.batches, strict=True))
+        return {name: self.figure(answers, outputs) if len(answers) else NAN}
+
+
+class F1(Collected):
     """Harmonic mean of precision and recall of yes, which is an output above 0; 0 without a hit."""
 
     higher: ClassVar[Mapping[str, bool]] = {"f1": True}
 
-    def __init__(self) -> None:
-        self.hits = self.said = self.true = 0
+    def figure(self, answers: np.ndarray, outputs: np.ndarray) -> float:
+        from sklearn.metrics import f1_score
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        said, true = outputs[:, 0] > 0, targets > 0
-        self.hits += int((said & true).sum())
-        self.said += int(said.sum())
-        self.true += int(true.sum())
-
-    def compute(self) -> dict[str, float]:
-        return {"f1": _ratio(2 * self.hits, self.said + self.true)}
+        return float(f1_score(answers, outputs > 0, zero_division=NAN))
 
 
-class AUC(Metric):
-    """Chance that a positive example has the larger output than a negative one; ties count half.
-
-    All outputs are kept, because the chance depends on their order.
-    """
+class AUC(Collected):
+    """Chance that a positive example has the larger output than a negative one; ties count half."""
 
     higher: ClassVar[Mapping[str, bool]] = {"auc": True}
 
-    def __init__(self) -> None:
-        self.pairs: list[Tensor] = []
+    def figure(self, answers: np.ndarray, outputs: np.ndarray) -> float:
+        from sklearn.metrics import roc_auc_score
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        self.pairs.append(torch.stack([outputs[:, 0].double(), targets.double()]).cpu())
-
-    def compute(self) -> dict[str, float]:
-        outputs, targets = torch.cat([torch.empty(2, 0), *self.pairs], dim=1)
-        _, place, counts = outputs.unique(return_inverse=True, return_counts=True)
-        ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # equal outputs share theirs
-        yes = targets > 0
-        n = int(yes.sum())
-        above = ranks.double()[yes].sum().item() - n * (n + 1) / 2
-        return {"auc": _ratio(above, n * (len(yes) - n))}
+        known = 0 < answers.sum() < len(answers) and np.isfinite(outputs).all()
+        return float(roc_auc_score(answers, outputs)) if known else NAN
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -22,7 +22,14 @@ SOURCE = Published(
 )
 
 
-def load(path: Path, *, seed: int = 0, targets: int | None = None) -> Problem:
+def load(
+    path: Path,
+    *,
+    seed: int = 0,
+    targets: int | None = None,
+    validation: bool = True,
+    width: int = WIDTH,
+) -> Problem:
     """Predict the last columns of a file from the others.
 
     Two thirds of the rows are for training and validation, three parts and one. Inputs and targets
@@ -33,6 +40,8 @@ def load(path: Path, *, seed: int = 0, targets: int | None = None) -> Problem:
         path: An ARFF file without gaps.
         seed: Of the split.
         targets: How many columns are targets; known for the files of the collection.
+        validation: Without it, the rows for validation are for training.
+        width: Of the three layers.
 
     Raises:
         ValueError: If the file is not as it must be, or a target is constant.
@@ -47,21 +56,19 @@ def load(path: Path, *, seed: int = 0, targets: int | None = None) -> Problem:
             f"got {targets or 'none'}."
         )
     known = round(2 * n_rows / 3)
-    parts = shuffled(n_rows, seed, known * 3 // 4, known)
+    parts = shuffled(n_rows, seed, known * 3 // 4 if validation else known, known)
     x = standardised(columns[:, :-targets], parts[0])
     names = [f"target_{number}" for number in range(targets)]
     y, _ = in_deviations(path.name, names, columns[:, -targets:], parts[0])
-    train, validation, test = (
-        Examples(x[some], {name: values[some] for name, values in y.items()}) for some in parts
-    )
+    train, chosen, test = map(Examples(x, y).take, parts)
     return Problem(
         name=path.stem,
         tasks=dict.fromkeys(names, Task(squared_error, RelativeError, "rrmse")),
         train=train,
-        validation=validation,
+        validation=chosen,
         test=test,
-        stages=mlp(x.shape[1], WIDTH, WIDTH, WIDTH),
-        heads=dict.fromkeys(names, linear_head(WIDTH, 1)),
+        stages=mlp(x.shape[1], width, width, width),
+        heads=dict.fromkeys(names, linear_head(width, 1)),
         batch=32,
         published=SOURCE,
     )

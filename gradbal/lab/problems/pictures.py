@@ -1,11 +1,10 @@
 """Two-digit pictures, made from the handwritten digits that scikit-learn brings along."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gradbal.lab.models.two_digits import HEIGHT, WIDTH
+from gradbal.lab.problems.problem import Examples
 
 SIDE = 8  # of a digit, in pixels; it lies somewhere in its half of a picture
 SHARES = (0.6, 0.2, 0.2)  # of the digits, for training, validation and test
@@ -13,39 +12,9 @@ NOISE = 0.15  # standard deviation of what is added to every pixel
 COPIES = (40, 10, 20)  # pictures of each of the 100 pairs of digits, for the same three
 
 
-class Pictures(NamedTuple):
-    """Pictures with their three labels.
-
-    Attributes:
-        images: Shape ``[n, 1, 12, 24]``, ink in [0, 1] plus noise.
-        left: The left digit, shape ``[n]``.
-        right: The right digit, shape ``[n]``.
-        distance: Between the centres of ink of the two digits, in pixels, shape ``[n]``.
-    """
-
-    images: Tensor
-    left: Tensor
-    right: Tensor
-    distance: Tensor
-
-    def take(self, index: Tensor) -> "Pictures":
-        """Return the pictures of these numbers."""
-        return Pictures(*(tensor[index] for tensor in self))
-
-    def to(self, device: torch.device) -> "Pictures":
-        """Return the pictures on another device."""
-        return Pictures(*(tensor.to(device) for tensor in self))
-
-
-class Splits(NamedTuple):
-    """Pictures whose digits were written for one of the three only."""
-
-    train: Pictures
-    validation: Pictures
-    test: Pictures
-
-
-def two_digits(seed: int, copies: tuple[int, int, int] = COPIES) -> Splits:
+def two_digits(
+    seed: int, copies: tuple[int, int, int] = COPIES
+) -> tuple[Examples, Examples, Examples]:
     """Build the pictures; the same seed gives the same ones.
 
     The digits are split first, so no digit of a test picture is seen in training. Every pair of
@@ -54,6 +23,9 @@ def two_digits(seed: int, copies: tuple[int, int, int] = COPIES) -> Splits:
     Args:
         seed: Seed of the split, of which digits meet, and of where they lie.
         copies: Pictures of each pair of digits for training, validation and test.
+
+    Returns:
+        Pictures for training, validation and test, see :func:`compose`.
     """
     from sklearn.datasets import load_digits
 
@@ -62,12 +34,11 @@ def two_digits(seed: int, copies: tuple[int, int, int] = COPIES) -> Splits:
     labels = torch.tensor(loaded.target)
     generator = torch.Generator().manual_seed(seed)
     parts = split(labels, generator)
-    return Splits(
-        *(
-            compose(digits[part], labels[part], count, generator)
-            for part, count in zip(parts, copies, strict=True)
-        )
+    train, validation, test = (
+        compose(digits[part], labels[part], count, generator)
+        for part, count in zip(parts, copies, strict=True)
     )
+    return train, validation, test
 
 
 def split(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -88,7 +59,7 @@ def split(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
     return [torch.cat(part) for part in parts]
 
 
-def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Generator) -> Pictures:
+def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Generator) -> Examples:
     """Put digits side by side, each at a random place in its half, and add noise.
 
     Args:
@@ -96,6 +67,10 @@ def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Genera
         labels: Shape ``[k]``; every class occurs.
         copies: Pictures of each of the 100 pairs.
         generator: Source of randomness.
+
+    Returns:
+        Images, shape ``[n, 1, 12, 24]``, ink in [0, 1] plus noise, with the left and the right
+        digit, and the distance between the centres of ink of both in pixels, shape ``[n]`` each.
     """
     pairs = torch.arange(100).repeat(copies)
     left, right = pairs // 10, pairs % 10
@@ -106,7 +81,7 @@ def compose(digits: Tensor, labels: Tensor, copies: int, generator: torch.Genera
     ]
     distance = (centres[0] - centres[1]).norm(dim=1)
     images += NOISE * torch.randn(images.shape, generator=generator)
-    return Pictures(images[:, None], left, right, distance)
+    return Examples(images[:, None], {"left": left, "right": right, "distance": distance})
 
 
 def _draw(labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:

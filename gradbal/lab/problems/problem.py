@@ -84,6 +84,14 @@ class Examples(Split):
             inputs = x / 255 if x.dtype == torch.uint8 else x
             yield Batch(inputs, {task: y[index] for task, y in self.y.items()})
 
+    def take(self, index: Tensor) -> "Examples":
+        """Return the examples of these numbers."""
+        return Examples(self.x[index], {task: y[index] for task, y in self.y.items()})
+
+    def to(self, device: torch.device) -> "Examples":
+        """Return the examples on a device."""
+        return Examples(self.x.to(device), {task: y.to(device) for task, y in self.y.items()})
+
 
 @dataclass(frozen=True)
 class Stored(Split):

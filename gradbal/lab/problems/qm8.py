@@ -33,9 +33,7 @@ def load(path: Path, *, seed: int = 0) -> Problem:
     x, values = molecules.read("qm8", path, TASKS)
     parts = tenths(len(x), seed)
     y, units = in_deviations("qm8", TASKS, values, parts[0])
-    train, validation, test = (
-        Examples(x[some], {task: target[some] for task, target in y.items()}) for some in parts
-    )
+    train, validation, test = map(Examples(x, y).take, parts)
     return Problem(
         name="qm8",
         tasks={

@@ -31,9 +31,8 @@ def load(path: Path, *, seed: int = 0) -> Problem:
         ValueError: If the file is not as it must be.
     """
     x, y = molecules.read("tox21", path, TASKS)
-    train, validation, test = (
-        Examples(x[some], dict(zip(TASKS, y[some].T, strict=True))) for some in tenths(len(x), seed)
-    )
+    examples = Examples(x, dict(zip(TASKS, y.T, strict=True)))
+    train, validation, test = map(examples.take, tenths(len(x), seed))
     return Problem(
         name="tox21",
         tasks=dict.fromkeys(TASKS, Task(binary_cross_entropy, AUC, "auc")),

@@ -2,8 +2,7 @@
 
 from functools import partial
 
-from gradbal.lab.models.encoders import mlp_head
-from gradbal.lab.models.two_digits import FEATURES, HIDDEN, STAGES
+from gradbal.lab.models.two_digits import HEADS, STAGES
 from gradbal.lab.problems import files
 from gradbal.lab.problems.losses import cross_entropy, squared_error
 from gradbal.lab.problems.metrics import Accuracy, Errors
@@ -24,21 +23,14 @@ def load(*, seed: int = 0, copies: tuple[int, int, int] = COPIES) -> Problem:
     """
     files.package("two_digits", "sklearn", "scikit-learn")
     made = pictures(seed, copies)
-    mean, spread = made.train.distance.mean(), made.train.distance.std()
+    distances = made[0].y["distance"]
+    mean, spread = distances.mean(), distances.std()
     train, validation, test = (
-        Examples(
-            part.images,
-            {
-                "left": part.left,
-                "right": part.right,
-                "distance": (part.distance - mean) / spread,
-            },
-        )
+        Examples(part.x, {**part.y, "distance": (part.y["distance"] - mean) / spread})
         for part in made
     )
     digit = Task(cross_entropy, Accuracy, "accuracy")
     distance = Task(squared_error, partial(Errors, spread.item()), "mae")
-    outputs = {"left": 10, "right": 10, "distance": 1}
     return Problem(
         name="two_digits",
         tasks={"left": digit, "right": digit, "distance": distance},
@@ -46,6 +38,6 @@ def load(*, seed: int = 0, copies: tuple[int, int, int] = COPIES) -> Problem:
         validation=validation,
         test=test,
         stages=STAGES,
-        heads={task: mlp_head(FEATURES, HIDDEN, n) for task, n in outputs.items()},
+        heads=HEADS,
         batch=64,
     )

@@ -12,6 +12,7 @@ from gradbal.diagnostics.plots import DASHES, MARKS, new_figure, tidy
 from gradbal.lab.compare.tables import Line
 from gradbal.lab.toy.problem import CENTRE, NEAR, PROTOCOLS, distance, losses, pareto_front, paths
 from gradbal.lab.training import resume
+from gradbal.lab.training.resume import Kept
 
 SPREAD = 0.01  # deviation of perturbed starts
 RULES_BY_DEFAULT = ("ew", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "famo", "upgrad")
@@ -40,7 +41,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What came out.
 
     Args:
@@ -53,12 +54,6 @@ class Record:
     cell: Cell
     ways: tuple[Path2D, ...]
     arrivals: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Record":
-        """Return a record from what JSON made of its fields."""
-        ways = tuple(tuple((x, y) for x, y in way) for way in fields["ways"])
-        return cls(Cell(**fields["cell"]), ways, tuple(map(tuple, fields["arrivals"])))
 
 
 def follow(cell: Cell) -> Record:

@@ -1,8 +1,8 @@
-"""What several seeds say, and what is inside their noise."""
+"""Student's intervals and paired tests over seeds, and p-values adjusted by Holm's method."""
 
 from collections.abc import Mapping, Sequence
 from math import nan
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 LEVEL = 0.05  # of the tests; intervals hold the other 95 %
@@ -21,8 +21,10 @@ class Interval(NamedTuple):
 
         if len(values) < 2:
             return cls(fmean(values), nan)
-        quantile = stats.t.ppf(1 - LEVEL / 2, len(values) - 1)
-        return cls(fmean(values), float(quantile * stdev(values) / len(values) ** 0.5))
+        return cls(
+            fmean(values),
+            float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values)),
+        )
 
     @property
     def clear(self) -> bool:
@@ -43,7 +45,7 @@ class Paired(NamedTuple):
 
     Attributes:
         less: The difference.
-        p: Chance of one so large if there were none, by Student's paired test; NaN for one seed.
+        p: Two-sided p-value of the paired t-test; NaN for one seed.
     """
 
     less: Interval
@@ -54,22 +56,22 @@ class Paired(NamedTuple):
         """Compare numbers seed by seed; both need the same seeds."""
         from scipy import stats
 
-        differences = [value - theirs[seed] for seed, value in ours.items()]
-        less = Interval.of(differences)
-        if not less.half > 0:  # one seed, or the same difference everywhere
-            return cls(less, float(less.mean == 0) if less.half == 0 else nan)
-        size = abs(less.mean) / (stdev(differences) / len(differences) ** 0.5)
-        return cls(less, float(2 * stats.t.sf(size, len(differences) - 1)))
+        pairs = [(value, theirs[seed]) for seed, value in ours.items()]
+        less = Interval.of([a - b for a, b in pairs])
+        if less.half > 0:
+            return cls(less, float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue))
+        # one seed, or the same difference everywhere
+        return cls(less, float(less.mean == 0) if less.half == 0 else nan)
 
 
-def holm(chances: Mapping[str, float]) -> dict[str, float]:
-    """Correct chances for how many they are: among many tests some would be small by luck.
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for their number by Holm's method, which SciPy does not have.
 
     Args:
-        chances: Of each test.
+        p_values: Of each test.
 
     Returns:
-        Those that may be compared with one level for all.
+        P-values that may be compared with one level for all.
 
     Source:
         Holm, Scandinavian Journal of Statistics 6, 1979.
@@ -80,7 +82,7 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
     """
     corrected: dict[str, float] = {}
     least = 0.0
-    for rank, name in enumerate(sorted(chances, key=chances.__getitem__)):
-        least = max(least, min(1.0, (len(chances) - rank) * chances[name]))
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
         corrected[name] = least
     return corrected

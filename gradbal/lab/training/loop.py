@@ -13,7 +13,8 @@ from torch import Generator, Tensor, nn
 
 from gradbal.lab.models.architectures import PLAIN, build
 from gradbal.lab.problems.problem import Batch, Problem, Split, Task
-from gradbal.lab.training.summary import Scores, delta_m
+from gradbal.lab.training.resume import Kept
+from gradbal.lab.training.summary import Scores, main_delta_m, main_figures
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rules._registry import make_rule
 
@@ -66,7 +67,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What came out.
 
     Args:
@@ -86,14 +87,6 @@ class Record:
     steps: int
     validation: dict[str, dict[str, float]]
     test: dict[str, dict[str, float]]
-
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Record":
-        """Return a record from what JSON made of its fields."""
-        cell = fields["cell"]
-        tuples = {name: tuple(cell[name]) for name in ("weights", "against")}
-        known = {"cell": Cell(**{**cell, **tuples}), "curve": tuple(fields["curve"])}
-        return cls(**{**fields, **known})
 
     @property
     def score(self) -> float:
@@ -186,14 +179,19 @@ def fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> Record:
         mtl_opt.end_epoch()
         if hasattr(model, "tau"):  # an architecture with a temperature
             model.tau.step()
-        found = figures(model, tasks, data.validation, cell)
+        found = figures(model, tasks, data.validation, cell.batch, cell.device)
         curve.append(_score(found, tasks, cell))
         if curve[-1] < best.score:
             best = Record(cell, tuple(curve), len(curve), steps, found, {})
             taken = deepcopy(model.state_dict())
     model.load_state_dict(taken)
-    test = figures(model, tasks, data.test, cell)
+    test = figures(model, tasks, data.test, cell.batch, cell.device)
     return Record(cell, tuple(curve), best.epoch, best.steps, best.validation or found, test)
+
+
+def epoch_of(split: Split, size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """Return the batches of an epoch, whose order depends on seed and epoch alone."""
+    return split.batches(size, Generator().manual_seed(1_000 * seed + epoch))
 
 
 def _endless(split: Split, size: int, generator: Generator) -> Iterator[Batch]:
@@ -203,13 +201,21 @@ def _endless(split: Split, size: int, generator: Generator) -> Iterator[Batch]:
 
 @torch.no_grad()
 def figures(
-    model: nn.Module, tasks: Tasks, split: Split, cell: Cell
+    model: nn.Module, tasks: Tasks, split: Split, size: int, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Return the figures of each task, by its metric."""
+    """Return the figures of each task, by its metric.
+
+    Args:
+        model: Ends in training mode.
+        tasks: What it learns.
+        split: The examples.
+        size: Examples in a batch.
+        device: Where the model is.
+    """
     metrics = {name: task.metric() for name, task in tasks.items()}
     model.eval()
-    for drawn in split.batches(cell.batch):
-        batch = some(drawn, tasks, cell.device)
+    for drawn in split.batches(size):
+        batch = some(drawn, tasks, device)
         if batch.targets:
             for name, output in model(batch.inputs).items():
                 metrics[name].update(output, batch.targets[name])
@@ -219,13 +225,10 @@ def figures(
 
 def _score(found: Scores, tasks: Tasks, cell: Cell) -> float:
     """Say how good figures on validation are; infinite where one is not finite."""
-    chosen = {name: {task.select: found[name][task.select]} for name, task in tasks.items()}
+    chosen = main_figures(found, tasks)
     if cell.against:
-        alone = {
-            name: {t.select: b} for (name, t), b in zip(tasks.items(), cell.against, strict=True)
-        }
-        score = delta_m(chosen, alone, {name: task.higher for name, task in tasks.items()})
+        score = main_delta_m(chosen, dict(zip(tasks, cell.against, strict=True)), tasks)
     else:
         task = tasks[cell.rule]
-        score = chosen[cell.rule][task.select] * (-1 if task.higher[task.select] else 1)
+        score = chosen[cell.rule] * (-1 if task.higher[task.select] else 1)
     return score if isfinite(score) else inf

@@ -7,17 +7,43 @@ import signal
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 C = TypeVar("C", bound=Hashable)  # what is trained; `str` names it
-R = TypeVar("R", bound=Any)  # a dataclass with the field `cell`, and the class method `read`
+R = TypeVar("R", bound="Kept")
+
+
+class Kept:
+    """Base of records: dataclasses of numbers, words, tuples and dicts, with the field ``cell``.
+
+    Attributes:
+        cell: What was trained; its dataclass is the key under which :func:`run` finds the record.
+    """
+
+    cell: Any  # a dataclass of its own for each kind of record
+
+    @classmethod
+    def read(cls: type[R], fields: dict[str, Any]) -> R:
+        """Return a record from what JSON made of its fields."""
+        record: R = _typed(cls, fields)
+        return record
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Return a value of JSON as annotated: dataclasses from dicts, tuples from lists."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _typed(hints[name], field) for name, field in value.items()})  # type: ignore[operator]  # a class
+    if get_origin(kind) is tuple:
+        return tuple(_typed(get_args(kind)[0], entry) for entry in value)
+    return value
 
 
 def read_records(path: Path, kind: type[R]) -> dict[Any, R]:
@@ -88,12 +114,12 @@ def run(
                 if bar is not None:
                     bar.set_postfix_str(str(cell), refresh=False)
                     bar.update()
-                if isinstance(result, kind):
+                if isinstance(result, str):
+                    failures[cell] = result
+                else:
                     records[cell] = result
                     file.write(_line(result))
                     file.flush()
-                else:
-                    failures[cell] = result
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{path} keeps {len(records)} finished runs, and the same command goes on from there"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from math import nan
 from statistics import fmean, mean
 
+from gradbal.lab.problems.problem import Task
+
 Scores = Mapping[str, Mapping[str, float]]  # figures by task
 Higher = Mapping[str, Mapping[str, bool]]  # for each figure whether a higher one is better
 
@@ -38,6 +40,28 @@ def delta_m(scores: Scores, baseline: Scores, higher: Higher) -> float:
         / baseline[task][name]
         for task, name in pairs
     )
+
+
+def main_figures(scores: Scores, tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Return the figure of each task by which it chooses between epochs and settings."""
+    return {name: scores[name][task.select] for name, task in tasks.items()}
+
+
+def main_delta_m(
+    scores: Mapping[str, float], baseline: Mapping[str, float], tasks: Mapping[str, Task]
+) -> float:
+    """Return :func:`delta_m` over :func:`main_figures`.
+
+    Args:
+        scores: The main figure of each task.
+        baseline: The same of models that learn one task each.
+        tasks: The tasks.
+    """
+    ours, theirs = (
+        {name: {task.select: some[name]} for name, task in tasks.items()}
+        for some in (scores, baseline)
+    )
+    return delta_m(ours, theirs, {name: task.higher for name, task in tasks.items()})
 
 
 def delta_p(scores: Scores, baseline: Scores, higher: Higher) -> float:
