@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -108,6 +108,12 @@ class Record(Kept):
 # with networks whose passes take time
 DIGITS = partial(problems.digits, channels=64)
 TUMOURS = partial(problems.tumours, width=WIDTH)
+
+
+def from_file(path: Path, targets: int, seed: int, validation: bool = False) -> Problem:
+    """Return the regression of a file, with a wide network and squared errors as figures."""
+    data = mulan.load(path, seed=seed, targets=targets, validation=validation, width=WIDTH)
+    return replace(data, tasks=dict.fromkeys(data.tasks, problems.NUMBER))
 
 
 def train(known: Problems, cell: Cell) -> Record:
@@ -239,9 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.mulan:
         known = {
             "digits": DIGITS,
-            options.mulan.stem: partial(
-                mulan.load, options.mulan, targets=options.targets, width=WIDTH
-            ),
+            options.mulan.stem: partial(from_file, options.mulan, options.targets),
         }
         given = [text.replace(str(options.mulan), options.mulan.name) for text in given]
     run = partial(
@@ -277,7 +281,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--mulan and --targets need each other")
     if options.mulan:
         try:
-            data = mulan.load(options.mulan, targets=options.targets, seed=options.seeds[0])
+            data = from_file(options.mulan, options.targets, options.seeds[0], validation=True)
         except ValueError as error:
             parser.error(str(error))
         if len(data.train) < data.batch:

@@ -14,7 +14,7 @@ from gradbal.lab.problems.problem import Problem
 from gradbal.lab.training.loop import OPTIMIZERS, Load
 
 OWNER = "gradbal compare"
-PACKAGES = ("scipy", "matplotlib")  # for the intervals and the pictures
+PACKAGES = ("scipy", "matplotlib", "scikit-learn")  # for intervals, pictures and metrics
 RULES_BY_DEFAULT = ("uw", "famo", "pcgrad", "cagrad", "nash_mtl", "upgrad")
 Options = tuple[tuple[str, Any], ...]  # of a loader, by name
 
