@@ -234,7 +234,11 @@ def test_the_check_of_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
             'needs scikit-learn and matplotlib; run `pip install "gradbal[demo]"`.',
         ),
         ("gradbal demo", ["tqdm"], 'needs tqdm; run `pip install "gradbal[demo]"`.'),
-        ("gradbal compare", ["scipy"], 'needs scipy; run `pip install "gradbal[compare]"`.'),
+        (
+            "gradbal compare",
+            ["scipy", "sklearn"],
+            'needs scipy and scikit-learn; run `pip install "gradbal[compare]"`.',
+        ),
         (
             "gradbal compare, the toy",
             ["matplotlib"],
@@ -342,6 +346,7 @@ def test_demo_prints_its_table_before_it_draws(
     assert "single task" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_of_a_search_prints_its_policy_and_what_it_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,10 +366,12 @@ def run(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_same_command() -> None:
     assert run("-m", "gradbal", "--version") == f"gradbal {gradbal.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--version"], ["list"]])
 def test_quick_commands_load_nothing_that_looks_for_a_compiler(words: list[str]) -> None:
     code = f"""
@@ -379,6 +386,7 @@ print("torch.utils.benchmark" in sys.modules, "torch.utils.cpp_extension" in sys
     assert run("-c", code).splitlines()[-1] == "False False"
 
 
+@pytest.mark.slow
 def test_import_gradbal_stays_light() -> None:
     heavy = {"gradbal.cli", "gradbal.lab.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
     code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "

@@ -70,6 +70,7 @@ def test_the_network_of_scenes_keeps_their_size() -> None:
 # ---------------------------------------------------------------------- random policies
 
 
+@pytest.mark.slow
 def test_random_policies_have_the_size_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     data = automtl.PROBLEMS["scenes"](0)
     torch.manual_seed(0)
@@ -153,6 +154,7 @@ def test_skips_are_told_apart() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_trains_all_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +175,7 @@ def test_the_command_trains_all_and_goes_on(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_search_is_the_same_again() -> None:
     against = (0.5, 0.2)
     cell = Cell("scenes", FOUND, "upgrad", 0, 1, against)

@@ -179,6 +179,7 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(
     tmp_path: Path,
     rows: list[list[float]],

@@ -22,7 +22,7 @@ from gradbal.lab.training.loop import ALONE
 from gradbal.lab.training.resume import read_records
 
 TASKS = ["diagnosis", "texture", "smoothness", "symmetry"]
-CELLS = cells_of(["tumours"], ["HPS", "DSelectK"], ["dwa", "upgrad"], [0], 3)
+CELLS = cells_of(["tumours"], ["HPS", "DSelectK"], ["dwa", "upgrad"], [0], 2)
 
 
 class KilledError(BaseException):
@@ -110,6 +110,7 @@ def test_every_architecture_fits_both_problems(arch: str) -> None:
             assert output.shape[0] == 4
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_same_again_and_draws_nothing_from_the_global_generator() -> None:
     cell = Cell("tumours", "LearningToBranch", "rlw", 0, 1)
     before = torch.get_rng_state()
@@ -122,6 +123,7 @@ def test_a_cell_is_the_same_again_and_draws_nothing_from_the_global_generator() 
 # ---------------------------------------------------------------------- resuming
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_table(
     whole: dict[Cell, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

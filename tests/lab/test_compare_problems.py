@@ -39,10 +39,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+CONVOLUTIONS = ("celeba", "cityscapes", "nyuv2", "office")  # large networks
+
+
 # ---------------------------------------------------------------------- laws of all problems
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in CONVOLUTIONS)) for name in PROBLEMS],
+)
 def test_a_model_of_the_parts_learns_and_is_scored(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

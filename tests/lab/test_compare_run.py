@@ -129,7 +129,7 @@ def killing(after: int) -> Callable[[Load, Cell], Record]:
     return train_or_die
 
 
-@pytest.mark.parametrize("after", [3, 9])
+@pytest.mark.parametrize("after", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_goes_on_to_the_same_table(
     after: int, whole: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +146,7 @@ def test_a_stopped_comparison_goes_on_to_the_same_table(
     assert run(settings(tmp_path), quiet=True).numbers() == whole.numbers()
 
 
+@pytest.mark.slow
 def test_killed_for_real(tmp_path: Path) -> None:
     """The command, with two processes, ended without warning in the middle."""
     path = tiny.mulan(tmp_path / "tiny.arff")
@@ -169,6 +170,7 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no process group gets SIGINT there")
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     """The command, with two processes, interrupted as a terminal does it."""
@@ -193,6 +195,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_run(whole: Report, tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text((whole.settings.out / "runs.jsonl").read_text())
     run(settings(tmp_path, epochs=1), quiet=True)
@@ -222,6 +225,7 @@ def test_everyone_tries_the_same_learning_rates_as_often(whole: Report) -> None:
         assert trained.runs == 2
 
 
+@pytest.mark.slow
 def test_test_examples_choose_nothing(whole: Report, tmp_path: Path) -> None:
     other = run(settings(tmp_path, other_test), quiet=True)
     for name in ("alone", "methods"):

@@ -171,7 +171,7 @@ def test_a_program_clips_some_rules_only() -> None:
 
 
 def test_the_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", "toy", "--rules", "ew,si,mgda", "--steps", "100", "--copies", "2"]
+    words = ["compare", "toy", "--rules", "ew,si,mgda", "--steps", "20", "--copies", "2"]
     for _ in range(2):  # the second time nothing is left to run but what failed
         assert main([*words, "--out", str(tmp_path)]) == 0
         shown = capsys.readouterr().out

@@ -39,7 +39,18 @@ def whole(split: Split) -> Batch:
 # ---------------------------------------------------------------------- architectures
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "HPS",
+        "MMoE",
+        *(
+            pytest.param(a, marks=pytest.mark.slow)
+            for a in ARCHITECTURES
+            if a not in ("HPS", "MMoE")
+        ),
+    ],
+)
 def test_every_architecture_learns_all_tasks(arch: str, data: Problem) -> None:
     settings = Settings(rules=("upgrad",), arch=arch, epochs=1, seed=3)
     model = new_model(settings, data, arch)
@@ -233,7 +244,11 @@ def test_the_words_name_the_task_that_changes_most() -> None:
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        (25, "0 of 3 epochs are trained, so there are no scores yet"),
+        pytest.param(
+            25,
+            "0 of 3 epochs are trained, so there are no scores yet",
+            marks=pytest.mark.slow,
+        ),
         (50, "1 of 3 epochs are trained, with Delta_m % on the validation pictures: ew @, uw @"),
     ],
 )
@@ -260,6 +275,7 @@ def test_weights_are_seen_where_a_rule_has_some(report: Report) -> None:
     assert all(weights is not None and tuple(weights) == TASKS for weights in last.values())
 
 
+@pytest.mark.slow
 def test_pictures_are_png_files(report: Report, tmp_path: Path) -> None:
     files = draw(report, tmp_path)
     assert [file.name for file in files] == ["learning-curves.png", "weights-and-cosines.png"]
@@ -269,6 +285,7 @@ def test_pictures_are_png_files(report: Report, tmp_path: Path) -> None:
         assert int.from_bytes(content[16:20], "big") > 1000  # width in pixels
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(report: Report, tmp_path: Path) -> None:
     again = run(Settings(rules=RULES, epochs=2, seed=3, out=tmp_path), copies=COPIES)
     for ours, theirs in zip(report.outcomes, again.outcomes, strict=True):

@@ -23,6 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     return found_in(tmp_path_factory.mktemp("automtl"))
 
 
+@pytest.mark.slow
 def test_the_table_has_what_the_search_must_beat(found: Findings) -> None:
     header, *rows = found.rows()
     assert header == HEADER
@@ -38,6 +39,7 @@ def test_the_table_has_what_the_search_must_beat(found: Findings) -> None:
         assert only_shared == (network.parameters == sharing.parameters)
 
 
+@pytest.mark.slow
 def test_a_policy_is_shown_operator_by_operator(found: Findings) -> None:
     assert tuple(trial.rule for trial in found.trials) == RULES
     for trial in found.trials:
@@ -51,6 +53,7 @@ def test_a_policy_is_shown_operator_by_operator(found: Findings) -> None:
             assert branches == trial.record.policy[task]
 
 
+@pytest.mark.slow
 def test_the_words_give_the_numbers_of_the_table(found: Findings) -> None:
     _, _, *rows = found.rows()
     for rule, sharing, ours in zip(RULES, rows[::2], rows[1::2], strict=True):
@@ -75,6 +78,7 @@ def test_an_interrupted_search_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         found_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_are_png_files(found: Findings, tmp_path: Path) -> None:
     files = draw(found, tmp_path)
     names = [f"{what}-{rule}.png" for rule in RULES for what in ("policy", "search")]
@@ -82,6 +86,7 @@ def test_pictures_are_png_files(found: Findings, tmp_path: Path) -> None:
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
 
 
+@pytest.mark.slow
 def test_same_seed_same_search(found: Findings, tmp_path: Path) -> None:
     again = found_in(tmp_path)
     policies = [[trial.record.policy for trial in some.trials] for some in (again, found)]
