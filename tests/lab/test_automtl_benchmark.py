@@ -22,6 +22,7 @@ from benchmarks.automtl_report import (
     verdict,
 )
 from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.resume import read_records, write_records
 
 SMALL = replace(
     automtl.PRESET,
@@ -182,6 +183,14 @@ def test_a_search_is_the_same_again() -> None:
     first, second = automtl.train(cell), automtl.train(cell)
     assert first == replace(second, search_s=first.search_s)
     assert Record.read({**vars(first), "cell": vars(cell)}) == first
+
+
+def test_committed_records_are_read_and_written_alike(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "results" / "automtl.jsonl"
+    records = read_records(path, Record)
+    assert len(records) == 165
+    write_records(tmp_path / "again.jsonl", records)
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
 
 
 def test_one_seed_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
