@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from arch_zoo import LearningToBranch
 from benchmarks.problems import problem
 from gradbal import MTLOptimizer
 from gradbal.lab.problems.problem import Problem
 from gradbal.lab.training.loop import (
     ALONE,
     Tasks,
+    end_epoch,
     epoch_of,
     figures,
     losses_of,
@@ -118,9 +118,7 @@ def _fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> tuple[list[floa
             mtl_opt.step(losses, aux=aux)
             seconds.append(process_time() - begin)
             totals.append(float(sum(loss.item() for loss in losses.values())))
-        mtl_opt.end_epoch()
-        if isinstance(model, LearningToBranch):
-            model.tau.step()
+        end_epoch(mtl_opt, model)
     return totals, seconds
 
 

@@ -86,9 +86,9 @@ def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
         problem=given.problem,
         path=given.path,
         options=tuple(_option(text) for text in given.option),
-        archs=_names(given.archs),
-        lrs=tuple(_number(text) for text in _names(given.lrs)),
-        rules=_names(given.rules) if given.rules else RULES_BY_DEFAULT,
+        archs=names(given.archs),
+        lrs=tuple(_number(text) for text in names(given.lrs)),
+        rules=names(given.rules) if given.rules else RULES_BY_DEFAULT,
         front=given.front,
         optimizer=given.optimizer,
         epochs=given.epochs,
@@ -109,7 +109,7 @@ def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
 def _toy(given: argparse.Namespace) -> str:
     checks.one_of(OWNER, tuple(PROTOCOLS), protocol=given.protocol)
     checks.at_least(OWNER, 1, copies=given.copies, jobs=given.jobs, steps=given.steps or 1)
-    rules = _names(given.rules) if given.rules else toy_runs.RULES_BY_DEFAULT
+    rules = names(given.rules) if given.rules else toy_runs.RULES_BY_DEFAULT
     check_packages(OWNER, "compare", ("matplotlib",))
     new_folder(OWNER, given.out)
     options = {"copies": given.copies, "jobs": given.jobs, "steps": given.steps}
@@ -124,7 +124,8 @@ def _toy(given: argparse.Namespace) -> str:
     return f"{page}\n\nFiles: {picture.with_suffix('.md')} {picture}"
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Return the words between commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

@@ -14,7 +14,7 @@ from gradbal.lab.models.architectures import PLAIN, build
 from gradbal.lab.models.two_digits import HEIGHT, WIDTH, heads
 from gradbal.lab.problems.pictures import COPIES
 from gradbal.lab.problems.problem import Batch, Problem
-from gradbal.lab.training.loop import losses_of, one_thread
+from gradbal.lab.training.loop import end_epoch, losses_of, one_thread
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rules._base import LossRule
 
@@ -151,8 +151,7 @@ class Balanced(Learner):
 
     def end_epoch(self) -> None:
         super().end_epoch()
-        self.optimizer.end_epoch()
-        self.model.end_epoch()
+        end_epoch(self.optimizer, self.model.body)
 
 
 def train(

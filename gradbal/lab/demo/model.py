@@ -77,12 +77,6 @@ class TwoDigitNet(nn.Module):
         outputs["distance"] = self.centre + self.spread * outputs["distance"]
         return (outputs, aux) if return_aux else outputs
 
-    def end_epoch(self) -> None:
-        """Let an architecture with a temperature cool down."""
-        schedule: Any = getattr(self.body, "tau", None)  # of an architecture known by name only
-        if schedule is not None:
-            schedule.step()
-
 
 def scores_of(model: TwoDigitNet, data: Problem, pictures: Split) -> Scores:
     """Return the accuracy of each digit and the mean absolute error of the distance in pixels."""

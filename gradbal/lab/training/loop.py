@@ -176,9 +176,7 @@ def fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> Record:
             if any(loss.requires_grad for loss in losses.values()):  # else nobody has a label
                 mtl_opt.step(losses, *more, aux=aux)
             steps += 1
-        mtl_opt.end_epoch()
-        if hasattr(model, "tau"):  # an architecture with a temperature
-            model.tau.step()
+        end_epoch(mtl_opt, model)
         found = figures(model, tasks, data.validation, cell.batch, cell.device)
         curve.append(_score(found, tasks, cell))
         if curve[-1] < best.score:
@@ -187,6 +185,13 @@ def fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> Record:
     model.load_state_dict(taken)
     test = figures(model, tasks, data.test, cell.batch, cell.device)
     return Record(cell, tuple(curve), best.epoch, best.steps, best.validation or found, test)
+
+
+def end_epoch(mtl_opt: MTLOptimizer, model: Any) -> None:
+    """Tell the rule, and an architecture with a temperature, that an epoch has ended."""
+    mtl_opt.end_epoch()
+    if hasattr(model, "tau"):
+        model.tau.step()
 
 
 def epoch_of(split: Split, size: int, seed: int, epoch: int) -> Iterator[Batch]:
