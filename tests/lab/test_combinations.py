@@ -123,7 +123,6 @@ def test_a_cell_is_the_same_again_and_draws_nothing_from_the_global_generator() 
 # ---------------------------------------------------------------------- resuming
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_table(
     whole: dict[Cell, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,8 @@ def killing(after: int) -> Callable[[Load, Cell], Record]:
     return train_or_die
 
 
-@pytest.mark.parametrize("after", [3, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [3, 9])
 def test_a_stopped_comparison_goes_on_to_the_same_table(
     after: int, whole: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
