@@ -9,15 +9,14 @@ from typing import Any
 
 from gradbal._utils.tables import markdown_table
 from gradbal.diagnostics.plots import MARKS, new_figure, tidy
-from gradbal.lab.compare.intervals import Interval, Paired
-from gradbal.lab.compare.problem import Task
-from gradbal.lab.compare.summary import delta_m
 from gradbal.lab.compare.tables import made_by
+from gradbal.lab.training.intervals import Interval, Paired
+from gradbal.lab.training.loop import ALONE, Tasks
+from gradbal.lab.training.summary import main_delta_m, main_figures
 
-ALONE, FOUND, RANDOM = "alone", "AutoMTL", "random "
+FOUND, RANDOM = "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together
 ALIKE = 2  # how many more skips still count as alike
-Tasks = Mapping[str, Task]
 BySeed = dict[int, list[Any]]  # records, of all tasks or all random policies of a seed
 
 
@@ -64,12 +63,8 @@ class Results:
         return {s: fmean(map(value, records)) for s, records in self.found[method].items()}
 
     def _delta(self, record: Any) -> float:
-        chosen = {name: task.select for name, task in self.tasks.items()}
-        ours, theirs = (
-            {task: {figure: scores[task][figure]} for task, figure in chosen.items()}
-            for scores in (record.test, self.alone[record.cell.seed])
-        )
-        return delta_m(ours, theirs, {name: task.higher for name, task in self.tasks.items()})
+        alone = main_figures(self.alone[record.cell.seed], self.tasks)
+        return main_delta_m(main_figures(record.test, self.tasks), alone, self.tasks)
 
 
 def page(

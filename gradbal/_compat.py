@@ -16,6 +16,14 @@ MOVED = {
     "gradbal.bench": "gradbal.lab.bench",
     "gradbal.checks": "gradbal._utils.checks",
     "gradbal.compare": "gradbal.lab.compare",
+    "gradbal.compare.encoders": "gradbal.lab.models.encoders",
+    "gradbal.compare.intervals": "gradbal.lab.training.intervals",
+    "gradbal.compare.losses": "gradbal.lab.problems.losses",
+    "gradbal.compare.metrics": "gradbal.lab.problems.metrics",
+    "gradbal.compare.problem": "gradbal.lab.problems.problem",
+    "gradbal.compare.problems": "gradbal.lab.problems",
+    "gradbal.compare.summary": "gradbal.lab.training.summary",
+    "gradbal.compare.toy": "gradbal.lab.toy.problem",
     "gradbal.demo": "gradbal.lab.demo",
     "gradbal.plots": "gradbal.diagnostics.plots",
     "gradbal.registry": "gradbal.rules._registry",
@@ -50,13 +58,20 @@ class _Moved(MetaPathFinder, Loader):
 
 def _new_name(name: str) -> str | None:
     """Return where a module lives now, or None if it is not an old name."""
-    head, *below = name.split(".")[:2]
-    old = ".".join([head, *below])
-    new = MOVED.get(old)
-    return None if new is None else new + name[len(old) :]
+    old, below = name, ""
+    while old not in MOVED:  # the longest old name that it is, or lies in
+        old, _, last = old.rpartition(".")
+        if not old:
+            return None
+        below = f".{last}{below}"
+    return MOVED[old] + below
 
 
 def serve_old_paths() -> None:
-    """Let imports of old paths succeed, after all others were tried."""
+    """Let imports of old paths succeed.
+
+    They are asked for first: the finder of files would load ``gradbal.compare.report`` a second
+    time, from the folder of ``gradbal.lab.compare``.
+    """
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+        sys.meta_path.insert(0, _Moved())

@@ -15,9 +15,9 @@ from torch import Tensor
 import gradbal
 from gradbal import make_rule, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
-from gradbal.lab import demo
-from gradbal.lab.compare import resume
-from gradbal.lab.demo import automtl, settings
+from gradbal.lab import checks, commands, demo
+from gradbal.lab.demo import automtl
+from gradbal.lab.training import resume
 from gradbal.rules import _registry as registry
 from gradbal.rules._base import GradientRule, GramRule, LossRule, Rule
 from gradbal.rules._registry import RULES
@@ -156,7 +156,7 @@ def test_tables_hold_every_cell() -> None:
     ]
     assert markdown_table(rows, code=True).splitlines() == [
         "| name | size |",
-        "| --- | --- |",
+        "|---|---|",
         "| `a` | 10 |",
         "| `long name` | - |",
     ]
@@ -211,7 +211,7 @@ def test_out_must_take_a_file(
     def denied(dir: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
-    monkeypatch.setattr(settings, "TemporaryFile", denied)  # root may write anywhere
+    monkeypatch.setattr(checks, "TemporaryFile", denied)  # root may write anywhere
     assert refused(capsys, *SAVING[name], "--out", str(tmp_path)) == (
         f"{name.partition(',')[0]}: `out` must be a folder that can be written, got "
         f"{str(tmp_path)!r} (Permission denied).\n"
@@ -219,7 +219,7 @@ def test_out_must_take_a_file(
 
 
 def test_the_check_of_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    settings.new_folder("mine", tmp_path / "new")
+    checks.new_folder("mine", tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -234,7 +234,11 @@ def test_the_check_of_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
             'needs scikit-learn and matplotlib; run `pip install "gradbal[demo]"`.',
         ),
         ("gradbal demo", ["tqdm"], 'needs tqdm; run `pip install "gradbal[demo]"`.'),
-        ("gradbal compare", ["scipy"], 'needs scipy; run `pip install "gradbal[compare]"`.'),
+        (
+            "gradbal compare",
+            ["scipy", "sklearn"],
+            'needs scipy and scikit-learn; run `pip install "gradbal[compare]"`.',
+        ),
         (
             "gradbal compare, the toy",
             ["matplotlib"],
@@ -308,7 +312,7 @@ def test_an_interrupt_with_nothing_to_say_ends_with_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradbal.lab.commands.rule_times", interrupted)
+    monkeypatch.setattr(commands, "rule_times", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["bench"])
     assert ended.value.code == 130
@@ -342,6 +346,7 @@ def test_demo_prints_its_table_before_it_draws(
     assert "single task" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_of_a_search_prints_its_policy_and_what_it_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,10 +366,12 @@ def run(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_same_command() -> None:
     assert run("-m", "gradbal", "--version") == f"gradbal {gradbal.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--version"], ["list"]])
 def test_quick_commands_load_nothing_that_looks_for_a_compiler(words: list[str]) -> None:
     code = f"""
@@ -379,6 +386,7 @@ print("torch.utils.benchmark" in sys.modules, "torch.utils.cpp_extension" in sys
     assert run("-c", code).splitlines()[-1] == "False False"
 
 
+@pytest.mark.slow
 def test_import_gradbal_stays_light() -> None:
     heavy = {"gradbal.cli", "gradbal.lab.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
     code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "

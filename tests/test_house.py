@@ -208,7 +208,12 @@ OLD_PATHS = {
     "gradbal.engines": ["Auto", "Sequential", "Batched", "Factored", "Streaming", "Sketched"],
     "gradbal.core": ["Core"],
     "gradbal.compare": ["Settings", "run"],
-    "gradbal.compare.problems": [],
+    "gradbal.compare.problems": ["PROBLEMS", "load"],
+    "gradbal.compare.problems.mulan": ["load"],
+    "gradbal.compare.problem": ["Problem", "Task", "Batch", "Split", "Examples", "Stored", "Apart"],
+    "gradbal.compare.summary": ["delta_m", "delta_p", "mean_rank", "average"],
+    "gradbal.compare.intervals": ["Interval", "Paired", "holm"],
+    "gradbal.compare.toy": ["PROTOCOLS", "distance", "losses", "pareto_front", "paths"],
     "gradbal.demo": ["run"],
 }
 HEAVY = ["cvxpy", "matplotlib", "sklearn", "scipy", "pandas", "lightning", "pytest", "hypothesis"]
@@ -280,10 +285,13 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
 
 
 def test_an_old_path_is_the_module_that_took_its_place() -> None:
+    import gradbal.compare.settings
     import gradbal.rule
 
+    from gradbal.lab.compare import settings
     from gradbal.rules import _base
 
+    assert gradbal.compare.settings is settings
     assert gradbal.rule is _base
     assert _base.__spec__ is not None
     assert _base.__spec__.name == "gradbal.rules._base"

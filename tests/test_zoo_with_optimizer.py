@@ -20,8 +20,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from arch_zoo import CrossStitch, DSelectK, MultiTaskModel
 from gradbal import aggregate, engines
 from gradbal.graph.heads_and_trunk import Plan, make_plan, members
-from gradbal.lab.demo import architectures
-from gradbal.lab.demo.architectures import ARCHITECTURES
+from gradbal.lab.models import architectures
+from gradbal.lab.models.architectures import ARCHITECTURES
 
 WITH_CUT = ("HPS", "MMoE", "MTAN", "CGC", "DSelectK")
 

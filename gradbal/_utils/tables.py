@@ -36,10 +36,11 @@ def markdown_table(rows: Rows, *, code: bool = False) -> str:
     Example:
         >>> print(markdown_table([("rule", "year"), ("uw", "2018")], code=True))
         | rule | year |
-        | --- | --- |
+        |---|---|
         | `uw` | 2018 |
     """
     header, *body = rows
     if code:
         body = [[f"`{row[0]}`", *row[1:]] for row in body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
+    lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
+    return "\n".join([lines[0], f"|{'---|' * len(header)}", *lines[1:]])

@@ -11,8 +11,9 @@ from gradbal.jacobian.engines import PRESETS
 from gradbal.lab.bench.report import Report
 from gradbal.lab.bench.rules import rule_times
 from gradbal.lab.bench.steps import Target
+from gradbal.lab.checks import check_rules
 from gradbal.lab.compare import command
-from gradbal.lab.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings, check_rules
+from gradbal.lab.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings
 from gradbal.rules._registry import RULES
 
 BENCH_SECONDS = 2.0  # for each rule with each engine
@@ -77,7 +78,7 @@ def _demo(parser: Parser, given: argparse.Namespace, words: Sequence[str]) -> No
     usual = SEARCH_RULES if given.arch == SEARCH else Settings.rules
     try:
         settings = Settings(
-            rules=usual if given.rules is None else tuple(_names(given.rules)),
+            rules=usual if given.rules is None else command.names(given.rules),
             arch=given.arch,
             epochs=given.epochs,
             seed=given.seed,
@@ -110,14 +111,17 @@ def _demo_search(settings: Settings) -> None:
 def _bench(parser: Parser, given: argparse.Namespace, words: Sequence[str]) -> None:
     try:
         if given.target:
-            rules, engines = _names(f"ew,{given.rules or 'upgrad'}"), _names(given.engines)
+            rules, engines = (
+                command.names(f"ew,{given.rules or 'upgrad'}"),
+                command.names(given.engines),
+            )
             check_rules(parser.prog, rules)
             for engine in engines:
                 checks.one_of(parser.prog, tuple(PRESETS), engines=engine)
             report = Report(Target.find(given.target), rules, engines, BENCH_SECONDS)
             print(plain_table(report.rows()), report.words(), sep="\n\n")
         else:
-            rules = sorted(RULES) if given.rules is None else _names(given.rules)
+            rules = tuple(sorted(RULES)) if given.rules is None else command.names(given.rules)
             check_rules(parser.prog, rules)
             print(plain_table(rule_times(rules, given.tasks)))
     except (TypeError, ValueError) as error:
@@ -129,7 +133,3 @@ def _compare(parser: Parser, given: argparse.Namespace, words: Sequence[str]) ->
         print(command.compare(given, words))
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -21,7 +21,8 @@ from benchmarks.automtl_report import (
     table,
     verdict,
 )
-from gradbal.lab.compare.problem import Problem
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.resume import read_records, write_records
 
 SMALL = replace(
     automtl.PRESET,
@@ -70,6 +71,7 @@ def test_the_network_of_scenes_keeps_their_size() -> None:
 # ---------------------------------------------------------------------- random policies
 
 
+@pytest.mark.slow
 def test_random_policies_have_the_size_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     data = automtl.PROBLEMS["scenes"](0)
     torch.manual_seed(0)
@@ -153,6 +155,7 @@ def test_skips_are_told_apart() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_trains_all_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,12 +176,21 @@ def test_the_command_trains_all_and_goes_on(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_search_is_the_same_again() -> None:
     against = (0.5, 0.2)
     cell = Cell("scenes", FOUND, "upgrad", 0, 1, against)
     first, second = automtl.train(cell), automtl.train(cell)
     assert first == replace(second, search_s=first.search_s)
     assert Record.read({**vars(first), "cell": vars(cell)}) == first
+
+
+def test_committed_records_are_read_and_written_alike(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "results" / "automtl.jsonl"
+    records = read_records(path, Record)
+    assert len(records) == 165
+    write_records(tmp_path / "again.jsonl", records)
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
 
 
 def test_one_seed_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:

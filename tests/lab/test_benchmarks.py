@@ -33,7 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "ON_CORE", TINY)
 
 
-@pytest.fixture(params=["installed", "missing"])
+@pytest.fixture(params=[pytest.param("installed", marks=pytest.mark.slow), "missing"])
 def peers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run as if TorchJD were there, by a stand-in, or not: it is no package of the tests."""
     if request.param == "installed":
@@ -107,6 +107,7 @@ def test_steps_are_timed_and_written(
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_memory_is_counted_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "memory.md"
     bench_memory.main([*WORDS, "--sizes", "twice as wide", "--out", str(out)])

@@ -1,13 +1,12 @@
 """The benchmark of cheap modes, much reduced: its data, its intervals, its cells, its command."""
 
-import re
 import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -15,15 +14,15 @@ from scipy import stats
 sys.path.append(str(Path(__file__).parents[2]))
 from arch_zoo import HPS
 from benchmarks import cheap_modes
-from benchmarks.cells import ALONE
 from benchmarks.cheap_modes import Cell, Record, choose, train
 from benchmarks.frontier import EXACT, PLAIN, Point, frontier, table
-from benchmarks.mulan import mulan
-from benchmarks.problems import PROBLEMS, Task, divide
+from benchmarks.problems import CLASS, NUMBER, PROBLEMS
 from gradbal.jacobian.engines import Representation
-from gradbal.lab.compare.intervals import Interval
+from gradbal.lab.problems import mulan
+from gradbal.lab.training.intervals import Interval
+from gradbal.lab.training.loop import ALONE
 
-KNOWN = {"tumours": cheap_modes.tumours, "digits": cheap_modes.digits}
+KNOWN = {"tumours": cheap_modes.TUMOURS, "digits": cheap_modes.DIGITS}
 CELL = Cell("tumours", "upgrad", EXACT, seed=0, steps=2, lr=1e-3)
 
 
@@ -46,79 +45,29 @@ def rows() -> list[list[float]]:
 # ---------------------------------------------------------------------- data
 
 
-def test_a_file_is_standardised_by_its_training_rows(
-    tmp_path: Path, rows: list[list[float]]
-) -> None:
-    data = mulan(arff(tmp_path / "tiny.arff", rows), 2, seed=0)
-    assert list(data.tasks) == ["target_0", "target_1"]
-    assert data.train.x.shape == (48, 1)  # without the constant column
-    assert data.test.x.shape == (24, 1)
-    for column in (data.train.x[:, 0], *data.train.y.values()):
-        assert column.mean().item() == pytest.approx(0, abs=1e-6)
-        assert column.std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    numbers = torch.tensor(rows)[:, 3]
-    kept = torch.cat([data.train.y["target_1"], data.test.y["target_1"]])
-    slope = (numbers.max() - numbers.min()) / (kept.max() - kept.min())
-    torch.testing.assert_close(
-        (kept - kept.min()) * slope, numbers[_order(kept)], rtol=0, atol=1e-3
-    )
-    assert not torch.equal(mulan(tmp_path / "tiny.arff", 2, seed=1).test.x, data.test.x)
-    model = torch.nn.Sequential(*(stage() for stage in data.stages), data.head("target_0"))
-    assert model(data.test.x).shape == (24, 1)
-
-
-def _order(values: torch.Tensor) -> torch.Tensor:
-    """Return the rank of each value."""
-    return values.argsort().argsort()
-
-
 def test_validation_examples_are_training_examples(tmp_path: Path, rows: list[list[float]]) -> None:
-    train_part, test_part = divide(np.arange(12), 8, validation=False)
-    seen, chosen_by = divide(np.arange(12), 8, validation=True)
-    assert {*seen, *chosen_by} == {*train_part}
-    assert not {*seen} & {*chosen_by}
-    assert not {*train_part} & {*test_part}
-    tiny = partial(mulan, arff(tmp_path / "tiny.arff", rows), 1)
-    for make in (PROBLEMS["tumours"], tiny):
-        whole, part = make(0), make(0, validation=True)
-        assert len(part.train.x) + len(part.test.x) == len(whole.train.x)
+    """Without validation there is nothing to choose by, and the test examples are the same."""
+    tiny = partial(mulan.load, arff(tmp_path / "tiny.arff", rows), targets=1)
+    for make in (PROBLEMS["tumours"], PROBLEMS["digits"], tiny):
+        whole, part = (make(seed=0, validation=flag) for flag in (False, True))
+        assert len(whole.validation) == 0
+        assert len(part.validation) > 0
+        assert len(part.test) == len(whole.test)
+        if make != PROBLEMS["digits"]:  # which are as many pictures, of fewer digits
+            assert len(part.train) + len(part.validation) == len(whole.train)
 
 
 def test_digits_for_validation_occur_in_no_picture_for_training() -> None:
     whole, part = (PROBLEMS["digits"](0, validation=flag) for flag in (False, True))
+    splits: Any = (part.train, whole.test, part.validation)  # in memory
     train, test, chosen_by = (
         {
             tuple(x[0, :, :5].flatten().tolist()) for x in some.x
         }  # where no digit covers the left one
-        for some in (part.train, whole.test, part.test)
+        for some in splits
     )
     assert not train & chosen_by
     assert not test & chosen_by
-
-
-def test_wrong_files_are_told_in_a_sentence(tmp_path: Path, rows: list[list[float]]) -> None:
-    path = arff(tmp_path / "tiny.arff", rows)
-    gap = arff(tmp_path / "gap.arff", [[1, 2, "?", 4], *rows])  # type: ignore[list-item]
-    text = tmp_path / "text.arff"
-    text.write_text("no attributes, no data\n")
-    flat = arff(tmp_path / "flat.arff", [[*row[1:], 1] for row in rows])
-    short = arff(tmp_path / "short.arff", rows[:40])
-    refused = [
-        (tmp_path / "none.arff", 1, "none.arff: there is no such file."),
-        (text, 1, "text.arff: not an ARFF file of plain columns."),
-        (gap, 1, "gap.arff: column c2 has missing values; fill them in first."),
-        (path, 4, "tiny.arff: `n_targets` must be from 1 to 3, its columns less one, got 4."),
-        (
-            flat,
-            1,
-            "flat.arff: a target must vary in the training part, got 'target_0' with one value "
-            "there; choose another seed, or more examples.",
-        ),
-        (short, 1, "short.arff: 27 of 40 rows are for training, and a batch needs 32."),
-    ]
-    for file, n_targets, sentence in refused:
-        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-            mulan(file, n_targets, seed=0)
 
 
 # ---------------------------------------------------------------------- intervals
@@ -136,7 +85,7 @@ def test_intervals_are_those_of_scipy() -> None:
 
 
 def test_what_seeds_owe_to_all_modes_is_no_difference() -> None:
-    tasks = {"a": Task(), "b": Task(2)}
+    tasks = {"a": NUMBER, "b": CLASS}
     records = []
     for seed, (luck, less) in enumerate([(0.0, 0.19), (0.5, 0.2), (1.0, 0.21)]):
         for rule, mode, score, time in [
@@ -185,7 +134,7 @@ def test_a_cell_is_the_same_again_and_draws_nothing_from_the_global_generator() 
     first, second = (train(KNOWN, CELL) for _ in range(2))
     assert replace(first, time=0.0) == replace(second, time=0.0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert list(first.scores) == list(KNOWN["tumours"](0).tasks)
+    assert list(first.scores) == list(KNOWN["tumours"](seed=0).tasks)
     assert first.time > 0
     assert first.loss > 0
 
@@ -230,6 +179,7 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(
     tmp_path: Path,
     rows: list[list[float]],
@@ -267,14 +217,22 @@ def test_the_command_goes_on_where_it_stopped(
         ("--seeds 3 3", "--seeds: an interval needs two different ones"),
         ("--targets 3", "--mulan and --targets need each other"),
         ("--mulan none.arff --targets 3", "none.arff: there is no such file."),
+        ("--mulan short.arff --targets 1", "short.arff: 20 rows for training; a batch needs 32"),
         ("--rules graddrop", "invalid choice: 'graddrop'"),
         ("--out some.json", "must end in .jsonl, got some.json; the table goes beside"),
         ("--steps 0", "must be >= 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_told(
-    arguments: str, told: str, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    told: str,
+    rows: list[list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    arff(tmp_path / "short.arff", rows[:40])
     with pytest.raises(SystemExit):
         cheap_modes.parse(arguments.split())
     assert told in capsys.readouterr().err

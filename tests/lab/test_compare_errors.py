@@ -13,7 +13,7 @@ import pytest
 import tiny as files
 from tiny import FILES
 
-from gradbal.lab.compare.problems import PROBLEMS, WITH_PATH, load, tox21
+from gradbal.lab.problems import PROBLEMS, WITH_PATH, load, tox21
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:

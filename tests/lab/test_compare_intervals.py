@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from gradbal.lab.compare.intervals import Interval, Paired, holm
+from gradbal.lab.training.intervals import Interval, Paired, holm
 
 OURS, THEIRS = [1.0, 2.5, 3.0, 4.5], [1.5, 2.0, 4.0, 6.0]
 

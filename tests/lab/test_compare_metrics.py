@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbal import MTLOptimizer
-from gradbal.lab.compare import losses
-from gradbal.lab.compare.losses import Loss
-from gradbal.lab.compare.metrics import (
+from gradbal.lab.problems import losses
+from gradbal.lab.problems.losses import Loss
+from gradbal.lab.problems.metrics import (
     AUC,
     F1,
     Accuracy,

@@ -10,13 +10,12 @@ from tiny import tiny
 from torch import Tensor, nn
 
 from gradbal import MTLOptimizer
-from gradbal.lab.compare import dense, molecules
-from gradbal.lab.compare.encoders import Embedded, resnet18
-from gradbal.lab.compare.message_passing import MessagePassing
-from gradbal.lab.compare.problem import Apart, Batch, Examples, Problem, Split, Stored
-from gradbal.lab.compare.problems import PROBLEMS, census, load, multi_mnist, qm8, qm9
-from gradbal.lab.compare.splitting import in_deviations, standardised
-from gradbal.lab.demo.architectures import build
+from gradbal.lab.models.architectures import build
+from gradbal.lab.models.encoders import Embedded, resnet18
+from gradbal.lab.models.message_passing import MessagePassing
+from gradbal.lab.problems import PROBLEMS, census, dense, load, molecules, multi_mnist, qm8, qm9
+from gradbal.lab.problems.problem import Apart, Batch, Examples, Problem, Split, Stored
+from gradbal.lab.problems.splitting import in_deviations, standardised
 
 PUBLISHED_SPLITS = ("census", "celeba")
 SIZES = {
@@ -40,10 +39,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+CONVOLUTIONS = ("celeba", "cityscapes", "nyuv2", "office")  # large networks
+
+
 # ---------------------------------------------------------------------- laws of all problems
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in CONVOLUTIONS)) for name in PROBLEMS],
+)
 def test_a_model_of_the_parts_learns_and_is_scored(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

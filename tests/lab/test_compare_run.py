@@ -21,14 +21,14 @@ from torch import Tensor
 from gradbal.cli import main
 from gradbal.lab.compare import Report, Settings, contest, cost, run
 from gradbal.lab.compare.contest import FIXED, Method, Outcome, Trained, fixed_weights
-from gradbal.lab.compare.encoders import linear_head, mlp
-from gradbal.lab.compare.losses import squared_error
-from gradbal.lab.compare.metrics import Errors
-from gradbal.lab.compare.problem import Apart, Examples, Problem, Task
-from gradbal.lab.compare.problems import PROBLEMS
-from gradbal.lab.compare.resume import read_records
-from gradbal.lab.compare.training import ALONE, Cell, Record, train
-from gradbal.lab.demo.architectures import PLAIN
+from gradbal.lab.models.architectures import PLAIN
+from gradbal.lab.models.encoders import linear_head, mlp
+from gradbal.lab.problems import PROBLEMS
+from gradbal.lab.problems.losses import squared_error
+from gradbal.lab.problems.metrics import Errors
+from gradbal.lab.problems.problem import Apart, Examples, Problem, Task
+from gradbal.lab.training.loop import ALONE, Cell, Load, Record, train
+from gradbal.lab.training.resume import read_records
 
 HIGHER = {"a": {"mae": False, "rmse": False}, "b": {"mae": False, "rmse": False}}
 
@@ -117,18 +117,19 @@ class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
-def killing(after: int) -> Callable[[Settings, Cell], Record]:
+def killing(after: int) -> Callable[[Load, Cell], Record]:
     """Return what trains some cells and is then killed."""
     left = iter(range(after))
 
-    def train_or_die(given: Settings, wanted: Cell) -> Record:
+    def train_or_die(load: Load, wanted: Cell) -> Record:
         if next(left, None) is None:
             raise KilledError
-        return train(given, wanted)
+        return train(load, wanted)
 
     return train_or_die
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [3, 9])
 def test_a_stopped_comparison_goes_on_to_the_same_table(
     after: int, whole: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +147,7 @@ def test_a_stopped_comparison_goes_on_to_the_same_table(
     assert run(settings(tmp_path), quiet=True).numbers() == whole.numbers()
 
 
+@pytest.mark.slow
 def test_killed_for_real(tmp_path: Path) -> None:
     """The command, with two processes, ended without warning in the middle."""
     path = tiny.mulan(tmp_path / "tiny.arff")
@@ -169,6 +171,7 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no process group gets SIGINT there")
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     """The command, with two processes, interrupted as a terminal does it."""
@@ -193,6 +196,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_run(whole: Report, tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text((whole.settings.out / "runs.jsonl").read_text())
     run(settings(tmp_path, epochs=1), quiet=True)
@@ -222,6 +226,7 @@ def test_everyone_tries_the_same_learning_rates_as_often(whole: Report) -> None:
         assert trained.runs == 2
 
 
+@pytest.mark.slow
 def test_test_examples_choose_nothing(whole: Report, tmp_path: Path) -> None:
     other = run(settings(tmp_path, other_test), quiet=True)
     for name in ("alone", "methods"):
@@ -237,24 +242,24 @@ def test_test_examples_choose_nothing(whole: Report, tmp_path: Path) -> None:
 
 
 def test_a_run_ends_where_validation_says() -> None:
-    record = train(settings(Path()), cell(epochs=40, patience=3, lr=0.3))
+    record = train(two_sums, cell(epochs=40, patience=3, lr=0.3))
     assert record.epoch == 1 + record.curve.index(min(record.curve))
     assert len(record.curve) in (40, record.epoch + 3)
     assert record.steps == 3 * record.epoch
-    shorter = train(settings(Path()), cell(epochs=record.epoch, patience=3, lr=0.3))
+    shorter = train(two_sums, cell(epochs=record.epoch, patience=3, lr=0.3))
     assert shorter.test == record.test  # the model of the best epoch was tested
     assert shorter.curve == record.curve[: record.epoch]
 
 
 def test_a_run_that_diverges_is_the_worst_and_no_failure() -> None:
-    record = train(settings(Path()), cell(lr=1e30))
+    record = train(two_sums, cell(lr=1e30))
     assert (record.epoch, record.score) == (0, torch.inf)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_run_is_the_same_again(optimizer: str) -> None:
     state = torch.random.get_rng_state()
-    first, again = (train(settings(Path()), cell(optimizer=optimizer)) for _ in range(2))
+    first, again = (train(two_sums, cell(optimizer=optimizer)) for _ in range(2))
     assert first == again
     assert first.curve[-1] < first.curve[0]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -263,21 +268,21 @@ def test_a_run_is_the_same_again(optimizer: str) -> None:
 
 @pytest.mark.parametrize("rule", ["modo", "forum", "graddrop", "dwa", "famo"])
 def test_rules_of_every_kind_train(rule: str) -> None:
-    record = train(settings(Path()), cell(rule=rule, optimizer="adam", lr=0.01))
+    record = train(two_sums, cell(rule=rule, optimizer="adam", lr=0.01))
     assert record.score < record.curve[0]
 
 
 @pytest.mark.parametrize("arch", ["MMoE", "LearningToBranch"])
 @pytest.mark.parametrize("problem", [two_sums, apart])
 def test_architectures_train(arch: str, problem: Callable[[int], Problem]) -> None:
-    record = train(settings(Path(), problem), cell(arch=arch, optimizer="adam", lr=0.01))
+    record = train(problem, cell(arch=arch, optimizer="adam", lr=0.01))
     assert isfinite(record.score)
     assert record.test.keys() == {"a", "b"}
 
 
 def test_a_task_alone_learns_from_its_own_examples() -> None:
     task = cell(arch=ALONE, rule="b", against=())
-    record = train(settings(Path(), apart), task)
+    record = train(apart, task)
     assert record.validation.keys() == record.test.keys() == {"b"}
     assert record.score == record.validation["b"]["mae"]
 
@@ -300,8 +305,8 @@ def test_fixed_weights_are_even_on_the_simplex() -> None:
 
 
 def test_fixed_weights_weight_the_losses() -> None:
-    twice = train(settings(Path()), cell(rule=FIXED, weights=(2.0, 2.0), lr=0.01))
-    once = train(settings(Path()), cell(rule="ew", lr=0.02))
+    twice = train(two_sums, cell(rule=FIXED, weights=(2.0, 2.0), lr=0.01))
+    once = train(two_sums, cell(rule="ew", lr=0.02))
     assert twice.curve == pytest.approx(once.curve, rel=1e-4)  # under SGD
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import published as pub
 import pytest
 
-from gradbal.lab.compare.summary import Higher, average, delta_m, delta_p, mean_rank
+from gradbal.lab.training.summary import Higher, average, delta_m, delta_p, mean_rank
 
 PICTURES: Higher = {
     "segmentation": {"miou": True, "pixel_accuracy": True},

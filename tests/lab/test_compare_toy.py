@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.cli import main
-from gradbal.lab.compare.toy import (
+from gradbal.lab.toy.problem import (
     CENTRE,
     NEAR,
     PROTOCOLS,
@@ -18,7 +18,7 @@ from gradbal.lab.compare.toy import (
     pareto_front,
     paths,
 )
-from gradbal.lab.compare.toy_runs import arrivals
+from gradbal.lab.toy.runs import arrivals
 
 FAR, CORNER = (-8.5, 7.5), (9.0, 9.0)  # the two starts that have to cross a valley
 NASH = PROTOCOLS["nash"]
@@ -130,12 +130,14 @@ def ends() -> dict[Run, tuple[float, float]]:
     return dict(zip(runs, found, strict=True))
 
 
+@pytest.mark.slow
 def test_the_plain_sum_and_pcgrad_fail_from_the_corner(
     ends: dict[Run, tuple[float, float]],
 ) -> None:
     assert min(ends[name, CORNER][1] for name in ("ew", "pcgrad")) > 5
 
 
+@pytest.mark.slow
 def test_others_cross_the_valleys(ends: dict[Run, tuple[float, float]]) -> None:
     arrived = [("mgda", CORNER), ("nash_mtl", CORNER), ("nash_mtl", FAR), ("famo", CORNER)]
     assert max(ends[run][1] for run in arrived) < NEAR
@@ -143,11 +145,21 @@ def test_others_cross_the_valleys(ends: dict[Run, tuple[float, float]]) -> None:
     assert abs(ends["famo", CORNER][0]) < 2
 
 
+@pytest.mark.slow
 def test_the_plain_sum_is_late_where_it_has_to_cross(ends: dict[Run, tuple[float, float]]) -> None:
     x, away = ends["ew", (0.0, 0.0)]
     assert away < NEAR
     assert x == pytest.approx(-5.727, abs=1e-2)  # where the sum is least
     assert ends["ew", FAR][1] > 1
+
+
+def test_all_leave_the_start_for_the_front() -> None:
+    """The short version of the tests that are slow: 300 steps from the edge of both bowls."""
+    start = (0.0, 0.0)
+    ways = paths([(name, start) for name in ("ew", "pcgrad", "mgda", "nash_mtl")], NASH, 300)
+    away = distance(ways)
+    assert (away[-1] < away[0] - 0.2).all()
+    assert (ways[-1, :, 1] < -0.2).all()
 
 
 def test_a_program_clips_some_rules_only() -> None:
@@ -159,7 +171,7 @@ def test_a_program_clips_some_rules_only() -> None:
 
 
 def test_the_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", "toy", "--rules", "ew,si,mgda", "--steps", "100", "--copies", "2"]
+    words = ["compare", "toy", "--rules", "ew,si,mgda", "--steps", "20", "--copies", "2"]
     for _ in range(2):  # the second time nothing is left to run but what failed
         assert main([*words, "--out", str(tmp_path)]) == 0
         shown = capsys.readouterr().out

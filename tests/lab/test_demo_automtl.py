@@ -5,10 +5,10 @@ import torch
 
 from gradbal.lab.demo import automtl
 from gradbal.lab.demo.automtl import HEADER, STAGES, Findings, draw, run
-from gradbal.lab.demo.data import HEIGHT, WIDTH, two_digits
-from gradbal.lab.demo.model import FEATURES, TASKS
+from gradbal.lab.demo.model import TASKS
 from gradbal.lab.demo.report import delta_m
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.two_digits import FEATURES, HEIGHT, WIDTH
 
 COPIES = (2, 1, 1)
 RULES = ("ew", "upgrad")
@@ -23,6 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     return found_in(tmp_path_factory.mktemp("automtl"))
 
 
+@pytest.mark.slow
 def test_the_table_has_what_the_search_must_beat(found: Findings) -> None:
     header, *rows = found.rows()
     assert header == HEADER
@@ -38,6 +39,7 @@ def test_the_table_has_what_the_search_must_beat(found: Findings) -> None:
         assert only_shared == (network.parameters == sharing.parameters)
 
 
+@pytest.mark.slow
 def test_a_policy_is_shown_operator_by_operator(found: Findings) -> None:
     assert tuple(trial.rule for trial in found.trials) == RULES
     for trial in found.trials:
@@ -51,6 +53,7 @@ def test_a_policy_is_shown_operator_by_operator(found: Findings) -> None:
             assert branches == trial.record.policy[task]
 
 
+@pytest.mark.slow
 def test_the_words_give_the_numbers_of_the_table(found: Findings) -> None:
     _, _, *rows = found.rows()
     for rule, sharing, ours in zip(RULES, rows[::2], rows[1::2], strict=True):
@@ -75,6 +78,7 @@ def test_an_interrupted_search_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         found_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_are_png_files(found: Findings, tmp_path: Path) -> None:
     files = draw(found, tmp_path)
     names = [f"{what}-{rule}.png" for rule in RULES for what in ("policy", "search")]
@@ -82,28 +86,12 @@ def test_pictures_are_png_files(found: Findings, tmp_path: Path) -> None:
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
 
 
+@pytest.mark.slow
 def test_same_seed_same_search(found: Findings, tmp_path: Path) -> None:
     again = found_in(tmp_path)
     policies = [[trial.record.policy for trial in some.trials] for some in (again, found)]
     assert policies[0] == policies[1]
     assert again.rows()[3] == found.rows()[3]
-
-
-def test_halves_of_the_pictures_are_disjoint_and_in_a_new_order_in_every_pass() -> None:
-    pictures = two_digits(seed=3, copies=COPIES).train
-    parts = [torch.arange(half, 200, 2) for half in range(2)]
-
-    def seen(part: int, epoch: int) -> torch.Tensor:
-        batches = automtl._batches(pictures, parts[part], 0, epoch)
-        return torch.cat([images for images, _ in batches])
-
-    first, second, other = seen(0, 0), seen(0, 1), seen(1, 0)
-    assert torch.equal(first, seen(0, 0))
-    assert not torch.equal(first, second)
-    rows = [{tuple(row.tolist()) for row in some.flatten(1)} for some in (first, second, other)]
-    assert rows[0] == rows[1]
-    assert not rows[0] & rows[2]
-    assert len(rows[0] | rows[2]) == 200
 
 
 def test_the_stages_make_an_encoder() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gradbal.lab.compare.problem import Problem
-from gradbal.lab.compare.problems import census, load, qm8, tox21
+from gradbal.lab.problems import census, load, qm8, tox21
+from gradbal.lab.problems.problem import Problem
 
 DRAW = np.random.default_rng
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from gradbal._utils import checks
 from gradbal._utils.tables import markdown_table
-from gradbal.lab.compare import run, toy_runs
-from gradbal.lab.compare.problems import PROBLEMS, check_problem
-from gradbal.lab.compare.settings import OPTIMIZERS, OWNER, RULES_BY_DEFAULT, Settings
-from gradbal.lab.compare.toy import PROTOCOLS
-from gradbal.lab.demo.settings import check_packages, new_folder
+from gradbal.lab.checks import check_packages, new_folder
+from gradbal.lab.compare import run
+from gradbal.lab.compare.settings import OWNER, RULES_BY_DEFAULT, Settings
+from gradbal.lab.problems import PROBLEMS, check_problem
+from gradbal.lab.toy import runs as toy_runs
+from gradbal.lab.toy.problem import PROTOCOLS
+from gradbal.lab.training.loop import OPTIMIZERS
 
 TOY = "toy"
 NAMES = (TOY, *PROBLEMS)
@@ -84,9 +86,9 @@ def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
         problem=given.problem,
         path=given.path,
         options=tuple(_option(text) for text in given.option),
-        archs=_names(given.archs),
-        lrs=tuple(_number(text) for text in _names(given.lrs)),
-        rules=_names(given.rules) if given.rules else RULES_BY_DEFAULT,
+        archs=names(given.archs),
+        lrs=tuple(_number(text) for text in names(given.lrs)),
+        rules=names(given.rules) if given.rules else RULES_BY_DEFAULT,
         front=given.front,
         optimizer=given.optimizer,
         epochs=given.epochs,
@@ -107,7 +109,7 @@ def compare(given: argparse.Namespace, words: Sequence[str]) -> str:
 def _toy(given: argparse.Namespace) -> str:
     checks.one_of(OWNER, tuple(PROTOCOLS), protocol=given.protocol)
     checks.at_least(OWNER, 1, copies=given.copies, jobs=given.jobs, steps=given.steps or 1)
-    rules = _names(given.rules) if given.rules else toy_runs.RULES_BY_DEFAULT
+    rules = names(given.rules) if given.rules else toy_runs.RULES_BY_DEFAULT
     check_packages(OWNER, "compare", ("matplotlib",))
     new_folder(OWNER, given.out)
     options = {"copies": given.copies, "jobs": given.jobs, "steps": given.steps}
@@ -122,7 +124,8 @@ def _toy(given: argparse.Namespace) -> str:
     return f"{page}\n\nFiles: {picture.with_suffix('.md')} {picture}"
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Return the words between commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from gradbal.lab.compare import resume
 from gradbal.lab.compare.cost import Cost, CostCell, measure
 from gradbal.lab.compare.settings import OWNER, Settings
-from gradbal.lab.compare.training import ALONE, Cell, Record, train
+from gradbal.lab.training import resume
+from gradbal.lab.training.loop import ALONE, Cell, Record, train
 
 FIXED = "constant"  # the rule that takes weights
 
@@ -177,7 +177,7 @@ class Contest:
         records, failures = resume.run(
             [*wanted.values()],
             settings.out / "runs.jsonl",
-            partial(train, settings),
+            partial(train, settings.load),
             Record,
             jobs=settings.jobs,
             quiet=self.quiet,

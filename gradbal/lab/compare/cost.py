@@ -9,9 +9,9 @@ from torch import Generator, Tensor, nn
 
 from gradbal.lab.bench.measure import WARMUP, Step, in_turn, peaks
 from gradbal.lab.bench.steps import balanced_step, summed_step
-from gradbal.lab.compare.settings import OPTIMIZERS, Settings
-from gradbal.lab.compare.training import further, new_model, some
-from gradbal.lab.demo.contest import one_thread
+from gradbal.lab.compare.settings import Settings
+from gradbal.lab.training.loop import OPTIMIZERS, further, new_model, one_thread, some
+from gradbal.lab.training.resume import Kept
 
 SECONDS = 2.0  # for a rule and the plain sum together
 
@@ -41,7 +41,7 @@ class CostCell:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Kept):
     """What came out.
 
     Args:
@@ -57,11 +57,6 @@ class Cost:
     ratio: float
     peak: int | None
     passes: int
-
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Cost":
-        """Return a cost from what JSON made of its fields."""
-        return cls(**{**fields, "cell": CostCell(**fields["cell"])})
 
 
 def measure(settings: Settings, cell: CostCell) -> Cost:

@@ -5,10 +5,10 @@ from itertools import product
 from typing import Any
 
 from gradbal.diagnostics.plots import MARKS, new_figure, tidy
-from gradbal.lab.compare.intervals import Interval
-from gradbal.lab.compare.problem import Task
 from gradbal.lab.compare.rows import Row, Standing
-from gradbal.lab.compare.summary import Scores
+from gradbal.lab.problems.problem import Task
+from gradbal.lab.training.intervals import Interval
+from gradbal.lab.training.summary import Scores
 
 LOOKS = [{"marker": mark, "mfc": fill} for fill, mark in product(("none", "black", "0.7"), MARKS)]
 # intervals step back behind the means

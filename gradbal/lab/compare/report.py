@@ -9,11 +9,11 @@ from typing import Any
 from gradbal._utils.tables import markdown_table
 from gradbal.lab.compare import pictures
 from gradbal.lab.compare.contest import Method, Outcome
-from gradbal.lab.compare.intervals import LEVEL, Interval
-from gradbal.lab.compare.problem import Problem
 from gradbal.lab.compare.rows import Row, Standing, alone_of, standings
 from gradbal.lab.compare.settings import Settings
 from gradbal.lab.compare.tables import Line, made_by
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.intervals import LEVEL, Interval
 
 COLUMNS = 6  # figures that have a column each; of more, means over the tasks
 

@@ -6,8 +6,8 @@ from statistics import fmean, median
 
 from gradbal.lab.compare.contest import Method, Outcome, Trained
 from gradbal.lab.compare.cost import Cost
-from gradbal.lab.compare.intervals import LEVEL, Interval, Paired, holm
-from gradbal.lab.compare.summary import Higher, Scores, delta_m, delta_p, mean_rank
+from gradbal.lab.training.intervals import LEVEL, Interval, Paired, holm
+from gradbal.lab.training.summary import Higher, Scores, delta_m, delta_p, mean_rank
 
 
 @dataclass

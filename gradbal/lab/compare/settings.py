@@ -1,30 +1,22 @@
 """What users may set, checked before anything is trained."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradbal._utils import checks
 from gradbal._utils.checks import did_you_mean
-from gradbal.lab.compare import problems
-from gradbal.lab.compare.problem import Problem
-from gradbal.lab.demo.architectures import ARCHITECTURES, PLAIN
-from gradbal.lab.demo.settings import check_device, check_packages, check_rules, new_folder
+from gradbal.lab import problems
+from gradbal.lab.checks import check_device, check_packages, check_rules, new_folder
+from gradbal.lab.models.architectures import ARCHITECTURES, PLAIN
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.loop import OPTIMIZERS, Load
 
 OWNER = "gradbal compare"
-PACKAGES = ("scipy", "matplotlib")  # for the intervals and the pictures
+PACKAGES = ("scipy", "matplotlib", "scikit-learn")  # for intervals, pictures and metrics
 RULES_BY_DEFAULT = ("uw", "famo", "pcgrad", "cagrad", "nash_mtl", "upgrad")
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 Options = tuple[tuple[str, Any], ...]  # of a loader, by name
-Load = Callable[[int], Problem]  # from a seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +24,12 @@ class Settings:
     """Settings of a comparison.
 
     Args:
-        problem: One of ``gradbal.lab.compare.problems.PROBLEMS``, or a function from a seed to a
+        problem: One of ``gradbal.lab.problems.PROBLEMS``, or a function from a seed to a
             problem; with several processes one that can be pickled.
         path: Where the problem's files are; None for those that need none.
         options: Further arguments of the problem's loader, as pairs of name and value.
         rules: Registered names; ``ew``, the plain sum, is added.
-        archs: How the tasks share parameters, some of ``gradbal.lab.demo``'s architectures.
+        archs: How the tasks share parameters, some of those in ``gradbal.lab.models``.
         front: How many vectors of fixed weights to try beside the plain sum: evenly on the line
             between two tasks, else at random on the simplex.
         lrs: Learning rates to try; everyone tries all of them.

@@ -4,7 +4,7 @@ Like the other architectures of the demo, AutoMTL is taken from arch_zoo by name
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from gradbal.lab.demo import plots
-from gradbal.lab.demo.architectures import Stages
-from gradbal.lab.demo.contest import BATCH, Balanced, Learner, judge, net_of, one_thread, train
-from gradbal.lab.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
-from gradbal.lab.demo.model import FEATURES, TASKS, heads
+from gradbal.lab.demo.contest import Balanced, Learner, judge, train
+from gradbal.lab.demo.model import BATCH, TASKS, TwoDigitNet, problem
 from gradbal.lab.demo.report import SCORES, Outcome, delta_m, shown
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.architectures import Stages
+from gradbal.lab.models.two_digits import FEATURES, HEIGHT, WIDTH, heads
+from gradbal.lab.problems import two_digits
+from gradbal.lab.problems.pictures import COPIES
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.loop import epoch_of, one_thread
 from gradbal.optimizer import MTLOptimizer
 
 CHANNELS = (12, 16, 24, 32)  # of the convolutions, from the input on
@@ -162,7 +166,7 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Finding
 
     Args:
         settings: What users may set; the epochs are those of training.
-        copies: Size of the data set, see :func:`gradbal.lab.demo.data.two_digits`.
+        copies: Size of the data set, see :func:`gradbal.lab.problems.pictures.two_digits`.
 
     Raises:
         ValueError: If a package is missing or no file can be written into the folder.
@@ -170,35 +174,34 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Finding
     """
     settings.prepare()
     with one_thread():
-        splits = Splits(
-            *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
-        )
+        standard = two_digits.load(seed=settings.seed, copies=copies)
         try:
-            trials = [search(rule, splits.train, settings) for rule in settings.rules]
+            trials = [search(rule, standard, settings) for rule in settings.rules]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the search is not finished, so there is no policy") from None
-        return Findings(compare(trials, splits, settings), trials)
+        data = problem(settings.seed, copies, settings.device)
+        return Findings(compare(trials, data, settings), trials)
 
 
-def search(rule: str, pictures: Pictures, settings: Settings) -> Trial:
+def search(rule: str, data: Problem, settings: Settings) -> Trial:
     """Search under a rule: half of the pictures for the weights, half for the policy."""
     zoo, driver = import_module("arch_zoo.automtl"), import_module("arch_zoo.automtl.search")
-    n = len(pictures.images)
+    pictures: Any = data.train  # in memory
+    pictures = pictures.to(torch.device(settings.device))
+    n = len(pictures)
     steps = settings.epochs * -(-n // BATCH)
     preset = _preset(steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         backbone = nn.Sequential(*(stage() for stage in STAGES)).to(settings.device)
         tau = zoo.Temperature(preset.tau_start, preset.tau_factor, preset.tau_every)
-        model = zoo.AutoMTL(backbone, heads(), pictures.images[:2], tau=tau).to(settings.device)
-    halves = [torch.arange(half, n, 2) for half in range(2)]
-    loaders = (
-        partial(_batches, pictures, part, settings.seed) for part in (torch.arange(n), *halves)
-    )
+        model = zoo.AutoMTL(backbone, heads(), pictures.x[:2], tau=tau).to(settings.device)
+    parts = (pictures, *(pictures.take(torch.arange(half, n, 2)) for half in range(2)))
+    loaders = (partial(epoch_of, part, BATCH, settings.seed) for part in parts)
     found, record = driver.search(
         model,
         driver.Data(**dict(zip(("train", "weights", "policy"), loaders, strict=True))),
-        {"left": F.cross_entropy, "right": F.cross_entropy, "distance": _squared_error},
+        {name: task.loss for name, task in data.tasks.items()},
         lambda model: 0.0,  # the likeliest policy is taken, and trained with the others below
         lambda base: MTLOptimizer(base, rule, seed=settings.seed),
         preset,
@@ -209,22 +212,24 @@ def search(rule: str, pictures: Pictures, settings: Settings) -> Trial:
     return Trial(rule, model.operators, record, models)
 
 
-def compare(trials: Sequence[Trial], splits: Splits, settings: Settings) -> list[Network]:
+def compare(trials: Sequence[Trial], data: Problem, settings: Settings) -> list[Network]:
     """Train all networks on the same batches and test them."""
     cost = import_module("arch_zoo.automtl.costs").model_cost
     separate, sharing, _ = trials[0].models.values()
-    alone = [Learner(t, net_of(splits.train, copy.deepcopy(sharing)), settings) for t in TASKS]
+    alone = [
+        Learner(task, TwoDigitNet(data, copy.deepcopy(sharing)), data, settings) for task in TASKS
+    ]
     bodies, together = [separate], []
     for trial in trials:
         _, *both = trial.models.values()
         bodies += both
         for kind, body in zip(("hard sharing", "AutoMTL"), both, strict=True):
-            net, name = net_of(splits.train, body), f"{kind}, {trial.rule}"
-            together.append(Balanced(trial.rule, net, settings, name))
-    train(alone, together, splits, settings)
-    baseline, outcomes = judge(alone, together, splits.test)
+            net, name = TwoDigitNet(data, body), f"{kind}, {trial.rule}"
+            together.append(Balanced(trial.rule, net, data, settings, name))
+    train(alone, together, data, settings)
+    baseline, outcomes = judge(alone, together)
     baseline.name = f"{len(TASKS)} networks"
-    costs = [cost(body, splits.test.images[:1]) for body in bodies]
+    costs = [cost(body, next(data.test.batches(1)).inputs) for body in bodies]
     return [Network(o, *c) for o, c in zip((baseline, *outcomes), costs, strict=True)]
 
 
@@ -254,19 +259,3 @@ def _preset(steps: int) -> Any:  # of arch_zoo
         posttrain=replace(small.posttrain, steps=0),
         tau_every=max(1, cooled // 10),
     )
-
-
-def _batches(
-    pictures: Pictures, part: Tensor, seed: int, epoch: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield some of the pictures with targets, distances in units of their deviation."""
-    generator = Generator().manual_seed(1_000 * seed + epoch)
-    mean, spread = pictures.distance.mean(), pictures.distance.std()
-    for index in torch.split(part[torch.randperm(len(part), generator=generator)], BATCH):
-        some = pictures.take(index.to(pictures.images.device))
-        distance = (some.distance - mean) / spread
-        yield some.images, {"left": some.left, "right": some.right, "distance": distance}
-
-
-def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(outputs.squeeze(1), targets)

@@ -1,22 +1,24 @@
 """Train all rules and the single-task baselines in turn, on the same batches."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradbal.lab.demo.architectures import PLAIN, build
-from gradbal.lab.demo.data import COPIES, HEIGHT, WIDTH, Pictures, Splits, two_digits
-from gradbal.lab.demo.model import STAGES, TASKS, Scores, TwoDigitNet, heads, losses_of, scores_of
+from gradbal.lab.demo.model import BATCH, TASKS, Scores, TwoDigitNet, problem, scores_of
 from gradbal.lab.demo.report import LOOK_EVERY, Look, Outcome, Report, best_epoch, delta_m
 from gradbal.lab.demo.settings import Settings
+from gradbal.lab.models.architectures import PLAIN, build
+from gradbal.lab.models.two_digits import HEIGHT, WIDTH, heads
+from gradbal.lab.problems.pictures import COPIES
+from gradbal.lab.problems.problem import Batch, Problem
+from gradbal.lab.training.loop import end_epoch, losses_of, one_thread
 from gradbal.optimizer import MTLOptimizer
 from gradbal.rules._base import LossRule
 
-BATCH, LR = 64, 4e-3  # the same for all rules, tuned for none
+LR = 4e-3  # the same for all rules, tuned for none
 
 
 def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
@@ -24,7 +26,7 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
 
     Args:
         settings: What users may set.
-        copies: Size of the data set, see :func:`gradbal.lab.demo.data.two_digits`.
+        copies: Size of the data set, see :func:`gradbal.lab.problems.pictures.two_digits`.
 
     Raises:
         ValueError: If a package is missing or no file can be written into the folder.
@@ -32,40 +34,23 @@ def run(settings: Settings, *, copies: tuple[int, int, int] = COPIES) -> Report:
     """
     settings.prepare()
     with one_thread():
-        splits = Splits(
-            *(part.to(torch.device(settings.device)) for part in two_digits(settings.seed, copies))
-        )
-        single = new_model(settings, splits.train, PLAIN)
-        model = new_model(settings, splits.train, settings.arch)
-        alone = [Learner(task, copy.deepcopy(single), settings) for task in TASKS]
-        together = [Balanced(rule, copy.deepcopy(model), settings) for rule in settings.contestants]
-        train(alone, together, splits, settings)
-        return Report(*judge(alone, together, splits.test))
+        data = problem(settings.seed, copies, settings.device)
+        single, model = (new_model(settings, data, arch) for arch in (PLAIN, settings.arch))
+        alone = [Learner(task, copy.deepcopy(single), data, settings) for task in TASKS]
+        together = [
+            Balanced(rule, copy.deepcopy(model), data, settings) for rule in settings.contestants
+        ]
+        train(alone, together, data, settings)
+        return Report(*judge(alone, together))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: for tensors this small more of them only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def new_model(settings: Settings, train: Pictures, arch: str) -> TwoDigitNet:
+def new_model(settings: Settings, data: Problem, arch: str) -> TwoDigitNet:
     """Return the network that everyone with this architecture starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        body = build(arch, STAGES, heads())
+        body = build(arch, data.stages, heads())
         body(torch.zeros(2, 1, HEIGHT, WIDTH))  # some take their sizes from the first input
-    return net_of(train, body).to(settings.device)
-
-
-def net_of(train: Pictures, body: nn.Module) -> TwoDigitNet:
-    """Return a network whose distances are in pixels."""
-    return TwoDigitNet(train.distance.mean().item(), train.distance.std().item(), body)
+    return TwoDigitNet(data, body).to(settings.device)
 
 
 class Learner:
@@ -74,11 +59,12 @@ class Learner:
     Args:
         name: The task.
         model: The network; nobody else's.
+        data: The pictures.
         settings: What users may set.
     """
 
-    def __init__(self, name: str, model: TwoDigitNet, settings: Settings) -> None:
-        self.name, self.model = name, model
+    def __init__(self, name: str, model: TwoDigitNet, data: Problem, settings: Settings) -> None:
+        self.name, self.model, self.data = name, model, data
         self.optimizer = self.make_optimizer(settings)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
         self.validation: list[Scores] = []
@@ -88,23 +74,23 @@ class Learner:
         """Return what steps the network."""
         return torch.optim.Adam(self.model.parameters(), lr=LR)
 
-    def step(self, batch: Pictures, number: int) -> None:
+    def step(self, batch: Batch, number: int) -> None:
         """Learn from a batch."""
         self.optimizer.zero_grad()
-        losses, _ = losses_of(self.model, batch)
+        losses, _ = losses_of(self.model, self.data.tasks, batch)
         torch.autograd.backward(losses[self.name])
         self.optimizer.step()
 
-    def end_epoch(self, validation: Pictures) -> None:
+    def end_epoch(self) -> None:
         """Score this epoch and remember the network as it is."""
         self.scheduler.step()
-        self.validation.append(scores_of(self.model, validation))
+        self.validation.append(scores_of(self.model, self.data, self.data.validation))
         self.states.append(copy.deepcopy(self.model.state_dict()))
 
-    def test(self, pictures: Pictures, epoch: int) -> Scores:
-        """Score the network of an epoch on pictures that had no say in choosing it."""
+    def test(self, epoch: int) -> Scores:
+        """Score the network of an epoch on the test pictures, which had no say in choosing it."""
         self.model.load_state_dict(self.states[epoch])
-        return scores_of(self.model, pictures)
+        return scores_of(self.model, self.data, self.data.test)
 
 
 class Balanced(Learner):
@@ -113,6 +99,7 @@ class Balanced(Learner):
     Args:
         rule: Name of the rule.
         model: The network; nobody else's.
+        data: The pictures.
         settings: What users may set.
         name: What the table calls it; None for the rule's name.
     """
@@ -120,10 +107,15 @@ class Balanced(Learner):
     optimizer: MTLOptimizer
 
     def __init__(
-        self, rule: str, model: TwoDigitNet, settings: Settings, name: str | None = None
+        self,
+        rule: str,
+        model: TwoDigitNet,
+        data: Problem,
+        settings: Settings,
+        name: str | None = None,
     ) -> None:
         self.rule = rule
-        super().__init__(name or rule, model, settings)
+        super().__init__(name or rule, model, data, settings)
         self.times: list[float] = []
         self.looks: list[Look] = []
         observer = torch.optim.SGD(self.model.parameters(), lr=0.0)  # never stepped
@@ -132,69 +124,69 @@ class Balanced(Learner):
     def make_optimizer(self, settings: Settings) -> MTLOptimizer:
         return MTLOptimizer(super().make_optimizer(settings), self.rule, seed=settings.seed)
 
-    def step(self, batch: Pictures, number: int) -> None:
+    def step(self, batch: Batch, number: int) -> None:
         """Learn from a batch, take the time, and now and then look at the gradients."""
         looking = number % LOOK_EVERY == 0
         seen = self.observe(batch) if looking and isinstance(self.optimizer.rule, LossRule) else {}
-        _wait_for(batch.images.device)
+        self._wait()
         start = perf_counter()
-        losses, aux = losses_of(self.model, batch)
+        losses, aux = losses_of(self.model, self.data.tasks, batch)
         self.optimizer.step(losses, aux=aux)
-        _wait_for(batch.images.device)
+        self._wait()
         self.times.append(perf_counter() - start)
         if looking:
             self.looks.append(Look.at(number, {**self.optimizer.metrics(), **seen}))
 
-    def observe(self, batch: Pictures) -> dict[str, Tensor]:
+    def _wait(self) -> None:
+        if (device := next(self.model.parameters()).device).type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
         """Look at gradients that the rule itself does not look at; the network stays as it is."""
-        losses, _ = losses_of(self.model, batch)
+        losses, _ = losses_of(self.model, self.data.tasks, batch)
         self.observer.backward(losses)
         seen = self.observer.metrics()
         self.observer.zero_grad()
         return {key: value for key, value in seen.items() if "/weight/" not in key}
 
-    def end_epoch(self, validation: Pictures) -> None:
-        super().end_epoch(validation)
-        self.optimizer.end_epoch()
-        self.model.end_epoch()
+    def end_epoch(self) -> None:
+        super().end_epoch()
+        end_epoch(self.optimizer, self.model.body)
 
 
 def train(
-    alone: Sequence[Learner], together: Sequence[Balanced], splits: Splits, settings: Settings
+    alone: Sequence[Learner], together: Sequence[Balanced], data: Problem, settings: Settings
 ) -> None:
     """Give every batch to every learner in turn, so that speed and course compare.
 
     Args:
         alone: One learner for each task.
         together: Learners of all tasks.
-        splits: The pictures.
+        data: The pictures.
         settings: What users may set.
 
     Raises:
         KeyboardInterrupt: If interrupted; its text gives the scores so far.
     """
     try:
-        _train([*alone, *together], splits, settings)
+        _train([*alone, *together], data, settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_so_far(alone, together, settings.epochs)) from None
 
 
-def _train(learners: Sequence[Learner], splits: Splits, settings: Settings) -> None:
+def _train(learners: Sequence[Learner], data: Problem, settings: Settings) -> None:
     from tqdm import tqdm
 
     generator = torch.Generator().manual_seed(settings.seed)
-    n = len(splits.train.images)
-    steps = -(-n // BATCH)
+    steps = -(-len(data.train) // BATCH)
     with tqdm(total=settings.epochs * steps, desc="Training", unit="step", disable=None) as bar:
         for epoch in range(settings.epochs):
-            order = torch.randperm(n, generator=generator).to(splits.train.images.device)
-            for i, index in enumerate(torch.split(order, BATCH)):
-                batch = splits.train.take(index)
+            for i, batch in enumerate(data.train.batches(BATCH, generator)):
                 for learner in learners:
                     learner.step(batch, epoch * steps + i)
                 bar.update()
             for learner in learners:
-                learner.end_epoch(splits.validation)
+                learner.end_epoch()
 
 
 def _so_far(alone: Sequence[Learner], together: Sequence[Balanced], epochs: int) -> str:
@@ -211,9 +203,7 @@ def _so_far(alone: Sequence[Learner], together: Sequence[Balanced], epochs: int)
     return f"{said}, with Delta_m % on the validation pictures: {scores}"
 
 
-def judge(
-    alone: Sequence[Learner], together: Sequence[Balanced], test: Pictures
-) -> tuple[Outcome, list[Outcome]]:
+def judge(alone: Sequence[Learner], together: Sequence[Balanced]) -> tuple[Outcome, list[Outcome]]:
     """Choose everyone's epoch by the validation pictures, then use the test pictures once.
 
     Returns:
@@ -225,19 +215,14 @@ def judge(
         task = learner.name
         epoch = best_epoch([scores[task] for scores in learner.validation], task)
         best[task] = learner.validation[epoch][task]
-        baseline.test[task] = learner.test(test, epoch)[task]
+        baseline.test[task] = learner.test(epoch)[task]
         for scores, own in zip(baseline.validation, learner.validation, strict=True):
             scores[task] = own[task]
     outcomes = []
     for balanced in together:
         epoch = best_epoch([delta_m(scores, best) for scores in balanced.validation])
-        tested = balanced.test(test, epoch)
+        tested = balanced.test(epoch)
         outcomes.append(
             Outcome(balanced.name, balanced.validation, tested, balanced.times, balanced.looks)
         )
     return baseline, outcomes
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

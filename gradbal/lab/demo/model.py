@@ -1,94 +1,86 @@
-"""A small network with three heads, its losses and its scores."""
+"""The demo's problem and network: two digits, and how far apart they are in pixels."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
+from gradbal.lab.models.two_digits import HEADS, STAGES
+from gradbal.lab.problems.losses import cross_entropy
+from gradbal.lab.problems.metrics import Accuracy, Errors
+from gradbal.lab.problems.pictures import COPIES, two_digits
+from gradbal.lab.problems.problem import Examples, Problem, Split, Task
+from gradbal.lab.training.loop import figures
+from gradbal.lab.training.summary import main_figures
 
-Scores = dict[str, float]
+Scores = dict[str, float]  # the main figure of each task
 HIGHER_IS_BETTER = {"left": True, "right": True, "distance": False}
 TASKS = tuple(HIGHER_IS_BETTER)
-CHANNELS, FEATURES, HIDDEN = 16, 64, 32
+BATCH = 64
+
+
+def problem(seed: int, copies: tuple[int, int, int] = COPIES, device: str = "cpu") -> Problem:
+    """Return the pictures with distances in pixels.
+
+    Args:
+        seed: Of the pictures.
+        copies: Size of the data set, see :func:`gradbal.lab.problems.pictures.two_digits`.
+        device: Where the pictures are.
+    """
+    train, validation, test = (part.to(torch.device(device)) for part in two_digits(seed, copies))
+    digit = Task(cross_entropy, Accuracy, "accuracy")
+    return Problem(
+        name="two_digits",
+        tasks={
+            "left": digit,
+            "right": digit,
+            "distance": Task(partial(_squared_error, deviation(train)), Errors, "mae"),
+        },
+        train=train,
+        validation=validation,
+        test=test,
+        stages=STAGES,
+        heads=HEADS,
+        batch=BATCH,
+    )
+
+
+def deviation(pictures: Examples) -> float:
+    """Return the standard deviation of the distances."""
+    return pictures.y["distance"].std().item()
+
+
+def _squared_error(spread: float, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean squared error in units of a deviation."""
+    return ((outputs[:, 0] - targets) / spread).square().mean()
 
 
 class TwoDigitNet(nn.Module):
-    """Reads both digits and how far apart they are.
+    """Reads both digits and how far apart they are in pixels.
 
     Args:
-        centre: Mean distance of the training pictures, in pixels.
-        spread: Its standard deviation.
-        body: From pictures to outputs by task, see :func:`gradbal.lab.demo.architectures.build`.
+        data: The pictures; distances for training set mean and deviation.
+        body: From pictures to outputs by task, see
+            :func:`gradbal.lab.models.architectures.build`.
     """
 
-    def __init__(self, centre: float, spread: float, body: nn.Module) -> None:
+    def __init__(self, data: Problem, body: nn.Module) -> None:
         super().__init__()
-        self.centre, self.spread = centre, spread
+        train: Any = data.train  # in memory
+        self.centre, self.spread = train.y["distance"].mean().item(), deviation(train)
         self.body = body
 
-    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, images: Tensor, return_aux: bool = False) -> Any:
+        """Return outputs by task, and on request the auxiliary losses, as arch_zoo's models do."""
         outputs, aux = self.body(images, return_aux=True)
-        outputs["distance"] = self.centre + self.spread * outputs["distance"].squeeze(1)
-        return outputs, aux
-
-    def end_epoch(self) -> None:
-        """Let an architecture with a temperature cool down."""
-        schedule: Any = getattr(self.body, "tau", None)  # of an architecture known by name only
-        if schedule is not None:
-            schedule.step()
+        outputs["distance"] = self.centre + self.spread * outputs["distance"]
+        return (outputs, aux) if return_aux else outputs
 
 
-def _convolution(inputs: int, outputs: int, width: int) -> nn.Module:
-    layer = nn.Conv2d(inputs, outputs, width, stride=2, padding=width // 2)
-    return nn.Sequential(layer, nn.ReLU())
-
-
-def _features() -> nn.Module:
-    inputs = 2 * CHANNELS * (HEIGHT // 4) * (WIDTH // 4)
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
-
-
-def heads() -> dict[str, nn.Module]:
-    """Return new heads, by task."""
-    return {"left": _head(10), "right": _head(10), "distance": _head(1)}
-
-
-def _head(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs))
-
-
-STAGES = (
-    lambda: _convolution(1, CHANNELS, 5),
-    lambda: _convolution(CHANNELS, 2 * CHANNELS, 3),
-    _features,
-)
-
-
-def losses_of(model: TwoDigitNet, batch: Pictures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return one loss per task, and the auxiliary losses of the architecture.
-
-    The first two are cross-entropies, the third is a squared error in units of the spread.
-    """
-    out, aux = model(batch.images)
-    gap = (out["distance"] - batch.distance) / model.spread
-    losses = {
-        "left": F.cross_entropy(out["left"], batch.left),
-        "right": F.cross_entropy(out["right"], batch.right),
-        "distance": gap.square().mean(),
-    }
-    return losses, aux
-
-
-@torch.no_grad()
-def scores_of(model: TwoDigitNet, pictures: Pictures) -> Scores:
+def scores_of(model: TwoDigitNet, data: Problem, pictures: Split) -> Scores:
     """Return the accuracy of each digit and the mean absolute error of the distance in pixels."""
-    model.eval()
-    out, _ = model(pictures.images)
-    model.train()
-    return {
-        "left": (out["left"].argmax(dim=1) == pictures.left).float().mean().item(),
-        "right": (out["right"].argmax(dim=1) == pictures.right).float().mean().item(),
-        "distance": (out["distance"] - pictures.distance).abs().mean().item(),
-    }
+    device = str(next(model.parameters()).device)
+    found = figures(model, data.tasks, pictures, len(pictures), device)
+    # in float32, which decides how shares that end in 5 are rounded in a table
+    return {t: torch.tensor(score).item() for t, score in main_figures(found, data.tasks).items()}

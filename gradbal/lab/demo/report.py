@@ -1,6 +1,5 @@
 """What the demo found, and how it is summed up."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
@@ -9,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gradbal.lab.demo.model import HIGHER_IS_BETTER, TASKS, Scores
+from gradbal.lab.training import summary
 
 LOOK_EVERY = 5  # steps
 HEADER = (
@@ -165,37 +165,11 @@ def shown(scores: Scores) -> tuple[str, str, str]:
     return left, right, f"{scores['distance']:.3f}"
 
 
-def delta_m(
-    scores: Mapping[str, float],
-    baseline: Mapping[str, float],
-    higher: Mapping[str, bool] = HIGHER_IS_BETTER,
-) -> float:
-    r"""Compare with the single-task baseline, in percent; lower is better.
-
-    .. math:: \Delta_m = \frac{100}{S} \sum_s (-1)^{d_s} (M_s - B_s) / B_s
-
-    with :math:`d_s = 1` where a higher score is better.
-
-    Args:
-        scores: The scores :math:`M`, by task.
-        baseline: The scores :math:`B` of networks that learn one task each.
-        higher: For each score whether a higher one is better.
-
-    Returns:
-        The mean relative change; NaN where a baseline is zero.
-
-    Example:
-        >>> baseline = {"left": 0.8, "right": 0.5, "distance": 0.2}
-        >>> round(delta_m({"left": 0.88, "right": 0.4, "distance": 0.25}, baseline), 6)
-        11.666667
-    """
-    if not all(baseline.values()):
-        return math.nan
-    changes = (
-        (-1 if higher[task] else 1) * (scores[task] - base) / base
-        for task, base in baseline.items()
-    )
-    return 100 * mean(changes)
+def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float]) -> float:
+    """Compare scores by task with those of networks that learn one task each, in percent."""
+    ours, theirs = ({t: {"score": value} for t, value in s.items()} for s in (scores, baseline))
+    higher = {task: {"score": up} for task, up in HIGHER_IS_BETTER.items()}
+    return summary.delta_m(ours, theirs, higher)
 
 
 def best_epoch(values: Sequence[float], task: str | None = None) -> int:
