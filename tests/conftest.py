@@ -9,7 +9,10 @@ from collections import defaultdict
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.load_profile("seeded")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
