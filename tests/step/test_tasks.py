@@ -269,6 +269,16 @@ def test_shared_parameters_that_are_left_out_get_the_plain_sum(
     assert_same([found], [3 * aggregate(matrix, "mgda").direction], 1e-9)
 
 
+def test_a_trunk_that_is_left_out_as_a_whole_gets_the_plain_sum() -> None:
+    model, plain = Toy(3), Toy(3)
+    optimizer = wrapped(model, "mgda", shared=model.heads[0])
+    optimizer.backward(model.losses())
+    sum(plain.losses()).backward()
+    for part in (0, 2):
+        assert_same(grads(model.trunk[part]), grads(plain.trunk[part]))
+    assert_same(grads(model.heads[1:]), grads(plain.heads[1:]))
+
+
 def test_parameters_of_one_task_may_be_declared_shared() -> None:
     model = Toy(2)
     optimizer = wrapped(model, "mgda", shared=model, scale="native")
