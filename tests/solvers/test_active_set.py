@@ -34,6 +34,13 @@ def test_plain_numbers_agree_with_nnls(m: int) -> None:
         assert point == pytest.approx(judge.tolist(), abs=1e-9)
 
 
+def test_signs_alone_decide_where_nothing_is_coupled() -> None:
+    rows = draw("conflicting", 4)
+    points, residual, n_iter = exchange(torch.eye(6, dtype=torch.float64), rows, 1e-10, 30)
+    assert torch.equal(points, (-rows).clamp(min=0))
+    assert (residual.item(), n_iter) == (0.0, 1)
+
+
 def test_without_a_negative_entry_there_is_nothing_to_do() -> None:
     assert exchange_numbers([[1.0, 0.5], [0.5, 1.0]], [2.0, 0.0], 1e-10) == ([0.0, 0.0], 0.0, 0)
 
