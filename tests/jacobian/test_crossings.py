@@ -14,6 +14,8 @@ from models import (
     Pick,
     Toy,
     assert_same,
+    data,
+    everything,
     expected_grads,
     frozen_copy,
     grads,
@@ -22,7 +24,7 @@ from models import (
     wrapped,
 )
 from torch import Tensor, nn
-from zoo import FALLS_BACK, ZOO
+from zoo import FALLS_BACK, ZOO, Leaves
 
 from gradbal import engines
 from gradbal.jacobian.loop import loop
@@ -320,6 +322,64 @@ def test_a_crossing_yields_every_task_once_in_order(chunk_size: int | None) -> N
     assert list(found) == asked == [0, 1, 2, 3, 4]
     reference = loop(Segment((edge,), [weight], True), stream())
     assert_same(found.values(), [rows.grads[0] for rows in reference], 1e-14)
+
+
+@pytest.mark.parametrize(("chunk_size", "retain_graph"), [(None, True), (2, False)])
+def test_a_later_failure_is_made_good_while_there_is_a_graph(
+    chunk_size: int | None, retain_graph: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = nn.Parameter(torch.eye(3).double())
+    crossing = Batch(chunk_size)
+    for fails in (False, True, True):
+        top = torch.linspace(0, 1, 6).double().reshape(2, 3) @ weight
+        top = Leaves.apply(top) if fails else top.exp()
+        edge = torch.autograd.graph.get_gradient_edge(top)
+        stream = [Cotangent(k, [torch.full_like(top, k + 1.0)], k == 2) for k in range(3)]
+        wanted = [row.grads[0] for row in loop(Segment((edge,), [weight], True), stream)]
+        found: list[Tensor | None] = []
+        for rows in crossing(Segment((edge,), [weight], retain_graph), stream):
+            (grad,) = rows.grads
+            assert isinstance(grad, Tensor)
+            found += grad if isinstance(rows.tasks, slice) else [grad]
+        assert_same(found, wanted, 1e-14)
+    (line,) = caplog.messages
+    assert line.startswith("Batched: going on one task at a time, because: ")
+
+
+class Alone(torch.autograd.Function):
+    """The identity; the backward pass cannot be batched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(grad):
+            raise RuntimeError("not in a batch.")
+        return grad
+
+
+def test_a_later_failure_is_raised_as_it_is_once_the_graph_may_be_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Then the tasks cannot be sent one by one; nothing is changed, and other steps go on."""
+    model = Toy()
+    optimizer = wrapped(model, "upgrad", engine="batched")
+
+    def losses(fails: bool) -> list[Tensor]:
+        z = model.trunk(data(6, 4))
+        z = (Alone.apply(z) if fails else z).exp()
+        return [head(z).square().mean() for head in model.heads]
+
+    optimizer.step(losses(fails=False))
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"^not in a batch\.$"):
+        optimizer.step(losses(fails=True))
+    assert everything(model, optimizer) == before
+    assert not caplog.messages
+    optimizer.step(losses(fails=False))
+    assert everything(model, optimizer) != before
 
 
 def test_loop_takes_one_cotangent_at_a_time() -> None:

@@ -77,6 +77,28 @@ def test_sdmgrad_descends_to_the_exact_point(seed: int) -> None:
     close(result.direction, aggregate(jacobian, "sdmgrad").direction, 1e-5)
 
 
+@pytest.mark.parametrize("lr", [None, 2.0])
+@pytest.mark.parametrize("count", [2, 3])
+def test_sdmgrad_descends_alike_in_any_unit(count: int, lr: float | None) -> None:
+    rule = make_rule("sdmgrad", lr=lr, n_iter=3)
+    batches = [normal(4, 6, seed=seed) for seed in range(count)]
+    plain = aggregate(batches[0], rule, more=batches[1:]).weights
+    assert plain is not None
+    assert (plain - 1 / 4).abs().max() > 0.01
+    for size in (1e-3, 1e3):
+        scaled = [size * batch for batch in batches]
+        close(aggregate(scaled[0], rule, more=scaled[1:]).weights, plain, 1e-12)
+
+
+@pytest.mark.parametrize(("count", "lr"), [(1, 2.0), (2, None), (2, 2.0), (3, None)])
+def test_sdmgrad_stays_where_it_is_without_gradients(count: int, lr: float | None) -> None:
+    rule, nothing = make_rule("sdmgrad", lr=lr, lam=0.0), torch.zeros(3, 4, dtype=torch.float64)
+    batches = [normal(3, 4, seed=seed) for seed in range(count)]
+    before = aggregate(batches[0], make_rule("sdmgrad", lr=2.0, lam=0.0), more=batches[1:])
+    after = aggregate(nothing, rule, more=[nothing] * (count - 1), state=before.state)
+    close(after.weights, before.weights, 1e-12)
+
+
 @pytest.mark.parametrize("m", [1, 2, 5, 40])
 def test_both_projections_are_one(m: int) -> None:
     for seed in range(20):

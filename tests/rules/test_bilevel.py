@@ -276,6 +276,7 @@ def test_quadratic_over_the_simplex(m: int, scale: float) -> None:
     for seed in range(5):
         jacobian, linear = normal(m, m + 2, seed=seed), normal(m, seed=seed + 50)
         solution = simplex_qp(scale * jacobian @ jacobian.T, scale * linear)
+        assert solution.converged
         assert solution.residual <= 1e-8
         slopes = jacobian @ jacobian.T @ solution.value + linear
         level = slopes @ solution.value

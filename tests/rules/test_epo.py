@@ -54,6 +54,21 @@ def test_balancing_lets_no_task_rise_that_need_not(m: int) -> None:
         assert (falls >= pull - slack - TOL * pull.abs())[raised].all()
 
 
+def test_a_task_that_balancing_leaves_where_it_is_may_not_rise() -> None:
+    """The pull on the last task is ``p - p - q + q = 0``; the best for the sum would raise it."""
+    jacobian = rows([[1, 1, 0], [-1, 3, 0], [-1, 0, 1], [1, 0, 0]])
+    losses = rows([[3, 3, 1, 1]])[0]
+    _, lean = uneven(losses, torch.ones(4).double())
+    pull = jacobian @ (lean @ jacobian)
+    assert pull.argmax() == 1
+    assert (jacobian @ jacobian[1])[3] < 0
+    for solver in ("exact", "cvxpy"):
+        rule = make_rule("epo", solver=solver)
+        falls = jacobian @ aggregate(jacobian, rule, losses=losses).direction
+        assert falls[3] >= -1e-6
+        assert falls[:2].min() > 0.1
+
+
 @pytest.mark.parametrize("m", [2, 3, 8])
 def test_descent_lowers_the_sum_most(m: int) -> None:
     for jacobian in problems(m):

@@ -115,6 +115,21 @@ def test_the_single_loop_forgets_no_task() -> None:
     assert partly.weights[1] == 0
 
 
+def test_weights_too_large_for_single_precision_are_brought_down_together() -> None:
+    """Orthogonal gradients have the weights ``(L_i + s) / n_i**2`` with sum 1."""
+    losses, norms = torch.tensor([[5.0, 2.0, 1.0], [1e-17, 2e-17, 0.5]], dtype=torch.float64)
+    free = (losses - losses @ norms**-2 / norms.pow(-2).sum()) / norms**2
+    assert free[2].abs() < 20
+    assert free.abs().max() > 1e33
+    found = aggregate(norms.diag(), "ferero", losses=losses).weights
+    assert found is not None
+    torch.testing.assert_close(found, free * (1e30 / free.abs().max()), rtol=1e-6, atol=0)
+    norms = torch.tensor([1e-14, 2e-14, 0.5], dtype=torch.float64)  # within bounds
+    free = (losses - losses @ norms**-2 / norms.pow(-2).sum()) / norms**2
+    found = aggregate(norms.diag(), "ferero", losses=losses).weights
+    torch.testing.assert_close(found, free, rtol=1e-6, atol=0)
+
+
 def test_tasks_without_gradient_take_no_part() -> None:
     jacobian = conflicting(4, seed=1)
     jacobian[1] = 0

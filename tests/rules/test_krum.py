@@ -8,6 +8,7 @@ from cases import J3, decades, normal, rows
 from torch import Tensor
 
 from gradbal import aggregate, make_rule
+from gradbal.rules._base import Context, GramRule
 
 FIVE = rows([[1, 0], [1.2, 0.1], [0.9, -0.2], [-5, 4], [0.5, 0.45]])  # one far from the others
 
@@ -48,6 +49,21 @@ def test_lowest_scores(m: int, f: int, scale: float, squared: bool) -> None:
             lowest = scores(jacobian, f, squared).argsort()[:selected]
             expected = torch.zeros(m, dtype=torch.float64).index_fill(0, lowest, 1 / selected)
             torch.testing.assert_close(weights_of(scale * jacobian, **options), expected)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize(("m", "f"), [(4, 0), (5, 1), (8, 3), (40, 10)])
+def test_lowest_scores_on_the_device(m: int, f: int, squared: bool) -> None:
+    for jacobian in (normal(m, 6, seed=m), decades(m, seed=m)):
+        for selected in (1, 2):
+            rule = make_rule("krum", n_byzantine=f, n_selected=selected, squared=squared)
+            assert isinstance(rule, GramRule)
+            ctx = Context(losses=torch.ones(m), state={}, capturable=True)
+            lowest = scores(jacobian, f, squared).argsort()[:selected]
+            expected = torch.zeros(m, dtype=torch.float64).index_fill(0, lowest, 1 / selected)
+            found = rule.weights(jacobian @ jacobian.T, ctx)
+            assert isinstance(found, Tensor)
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("squared", [True, False])

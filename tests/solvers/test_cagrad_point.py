@@ -1,3 +1,6 @@
+from importlib import import_module
+from typing import NoReturn
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ DIRECTIONS = {
     ("JR", 0.5): [0.333333, 1],
     ("JP", 0.5): [1.799954, 2.216621, 1.461096, 1.044429],
 }
+MODULE = import_module("gradbal.solvers.cagrad")
 WEIGHTS = {("J2", 0.4): [1, 0], ("J2", 0.5): [1, 0], ("J3", 0.5): [0.927385, 0.072615, 0]}
 
 
@@ -44,6 +48,47 @@ def test_optimality_conditions(family: str, m: int, c: float) -> None:
     solution = cagrad_point(jac @ jac.T, c)
     assert solution.converged
     assert violation(jac, c, solution.value) <= 1e-10
+
+
+def fails(*args: object) -> NoReturn:
+    raise AssertionError("this method is not needed here")
+
+
+@pytest.mark.parametrize("m", [2, 3, 8, 16, 40, 64])
+@pytest.mark.parametrize(
+    ("family", "c", "most"),
+    [
+        ("well_conditioned", 0.05, 3),
+        ("conflicting", 0.05, 3),
+        ("six_decades", 0.05, 3),
+        ("well_conditioned", 0.5, 4),
+        ("well_conditioned", 0.95, 4),
+    ],
+)
+def test_active_sets_settle_in_a_few_rounds(
+    family: str, c: float, most: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The support of the best single task is nearly right where the ball is small."""
+    monkeypatch.setattr(MODULE, "_interior_point", fails)
+    for seed in range(4):
+        jac = draw(family, m, seed)
+        solution = cagrad_point(jac @ jac.T, c)
+        assert solution.n_iter <= most
+        assert violation(jac, c, solution.value) <= 1e-10
+
+
+@pytest.mark.parametrize("m", [2, 3, 8, 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interior_point_on_the_host(family: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where active sets find nothing, it goes on until it has converged, and no further."""
+    monkeypatch.setattr(MODULE, "_exchange", lambda problem, *_: (problem.near, torch.ones(()), 1))
+    monkeypatch.setattr(MODULE, "_polish", lambda problem, points, free: points)
+    monkeypatch.setattr(MODULE, "_on_set", lambda problem, free, **_: (free.double(), None))
+    jac = draw(family, m)
+    solution = cagrad_point(jac @ jac.T, 0.5, tol=1e-7)
+    assert solution.converged
+    assert 0 < solution.n_iter < 30
+    assert violation(jac, 0.5, solution.value) <= 1e-6
 
 
 @pytest.mark.parametrize("family", ["conflicting", "six_decades"])
@@ -138,7 +183,8 @@ def test_stationary_point_with_a_minimum_below_zero(
 @pytest.mark.parametrize("m", [3, 16])
 def test_without_a_ball_the_first_of_the_worst_tasks(m: int) -> None:
     jac = draw("conflicting", m)
-    weights = cagrad_point(jac @ jac.T, 0.0).value
+    weights, _, n_iter, _ = cagrad_point(jac @ jac.T, 0.0)
+    assert n_iter == 0
     assert weights.argmax() == (jac @ jac.mean(dim=0)).argmin()
     assert weights.max() == 1
 

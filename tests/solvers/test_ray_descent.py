@@ -121,6 +121,32 @@ def test_vectors_of_length_zero_are_left_out(m: int) -> None:
         torch.testing.assert_close(found[there], alone)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_rows_of_the_cone_for_absent_vectors_alone_are_left_out(capturable: bool) -> None:
+    moved = 0
+    for seed in range(8):
+        jac = draw("conflicting", 4, seed)
+        jac[1] = 0
+        gram, (ray, excess) = jac @ jac.T, question(4, seed)
+        cone = order(3, 4)
+        alone = torch.eye(4, dtype=torch.float64)[1:2]
+        found, wanted = (
+            ray_descent(gram, ray, excess, eps=EPS, cone=rows, capturable=capturable).value
+            for rows in (torch.cat((cone, alone)), cone)
+        )
+        torch.testing.assert_close(found, wanted)
+        progress = cone @ (jac @ (wanted @ jac))  # a row of zeros would have none
+        moved += bool((progress < 0).any())
+    assert moved > 0
+
+
+@pytest.mark.parametrize("m", [1, 3, 12])
+def test_the_closed_form_takes_no_iterations(m: int) -> None:
+    jac = draw("conflicting", m)
+    for cone in (None, order(2, m)):
+        assert ray_descent(jac @ jac.T, *question(m), eps=EPS, cone=cone).n_iter == 0
+
+
 def test_nothing_at_all() -> None:
     for capturable in (False, True):
         ray, excess = question(3)

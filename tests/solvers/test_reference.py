@@ -1,5 +1,6 @@
 """The CVXPY versions keep the same conventions, so that a rule can exchange one for the other."""
 
+import itertools
 import sys
 
 import pytest
@@ -35,12 +36,28 @@ def test_same_conventions(name: str) -> None:
     exact, reference = nonnegative_qp(cosines, cosines), cvxpy_nonnegative_qp(cosines, cosines)
     same(reference.value @ cosines, exact.value @ cosines, 1.0)
     exact, reference = min_norm(gram), cvxpy_min_norm(gram)
+    assert reference.n_iter == 0
     same(reference.value @ jac, exact.value @ jac, size)
     exact, reference = cagrad_point(gram, 0.5), cvxpy_cagrad(gram, 0.5)
     same(reference.value @ jac, exact.value @ jac, size)
     exact, reference = nash_point(gram), cvxpy_nash(gram)
     assert reference.converged == exact.converged
+    assert reference.n_iter == 0
     same(reference.value @ jac, exact.value @ jac, size)
+
+
+def test_a_task_without_gradient_holds_the_minimum_of_cagrad_at_zero() -> None:
+    """Only where the other tasks would leave it above."""
+    held = set()
+    for seed, c in itertools.product(range(5), (0.1, 0.6)):
+        jac = torch.cat((conflicting(3, seed=seed), torch.zeros(1, 5, dtype=torch.float64)))
+        gram = jac @ jac.T
+        reference, exact = cvxpy_cagrad(gram, c), cagrad_point(gram, c)
+        assert reference.converged
+        assert reference.n_iter == 0
+        same(reference.value @ jac, exact.value @ jac, jac.norm().item())
+        held.add(bool(exact.value[3] == 1))
+    assert held == {True, False}
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])

@@ -182,6 +182,50 @@ def test_rows_that_meet_in_a_point() -> None:
         torch.testing.assert_close(found.value, rows([[0.5, 0.5]])[0])
 
 
+@pytest.mark.parametrize("m", [2, 20])
+def test_a_vertex_that_satisfies_its_row_exactly_needs_no_exchange(m: int) -> None:
+    objective = torch.eye(m, dtype=torch.float64)[0]
+    found = simplex_lp(objective, 1 - objective[None], torch.zeros(1).double(), tol=0.0)
+    assert found.value.tolist() == objective.tolist()
+    assert found.n_iter == 0
+    assert found.converged
+
+
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_rows_may_be_violated_within_the_tolerance(capturable: bool, m: int) -> None:
+    """The first vertex violates a row by 0.05 of the largest term."""
+    objective, matrix = torch.eye(m, dtype=torch.float64)[0], torch.ones(2, m).double()
+    matrix[0, 0] = -0.05
+    bounds = rows([[0, 1]])[0]
+    for tol, first in ((0.1, 1.0), (1e-9, 1 / 1.05)):
+        found = simplex_lp(objective, matrix, bounds, capturable=capturable, tol=tol)
+        assert found.converged
+        torch.testing.assert_close(found.value[0].item(), first)
+
+
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_of_columns_that_cost_the_same_the_largest_pivot_comes(capturable: bool, m: int) -> None:
+    matrix = torch.ones(2, m, dtype=torch.float64)
+    matrix[0], matrix[0, 0], matrix[0, 2] = 1e-3, -1, 1
+    bounds = rows([[0, 0.5]])[0]
+    found = simplex_lp(torch.zeros_like(matrix[0]), matrix, bounds, capturable=capturable)
+    assert found.value.tolist() == [0.5, 0.0, 0.5] + [0.0] * (m - 3)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_residual_of_a_point_that_violates_a_row(capturable: bool) -> None:
+    """It counts relative to the terms of the row, here 1 for the point and 0.25 for the bound."""
+    m = 20
+    objective, matrix = torch.eye(m, dtype=torch.float64)[0], torch.ones(2, m).double()
+    matrix[0, 0] = -0.5
+    found = simplex_lp(objective, matrix, rows([[0.25, 0.5]])[0], capturable=capturable, max_iter=0)
+    assert found.value.tolist() == [1.0] + [0.0] * (m - 1)
+    torch.testing.assert_close(found.residual.item(), (0.25 + 0.5) / (1 + 0.25))
+    assert not found.converged
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(m=st.integers(2, 20), exponent=st.integers(-60, 60), seed=st.integers(0, 999))
 def test_scale_and_order_play_no_part(m: int, exponent: int, seed: int) -> None:

@@ -136,6 +136,35 @@ def test_an_uphill_solution_is_replaced_by_the_min_norm_point_of_the_directions(
 
 
 @pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("cosine", [0.55, 0.65])
+@pytest.mark.parametrize("part", [0.5, 2.0, -2.0])
+def test_weights_whose_sum_is_rounding_are_replaced_beside_an_absent_task(
+    part: float, cosine: float, capturable: bool
+) -> None:
+    """The third norm makes the sum of ``C^-1 1 / n`` a part of what rounding may leave of it."""
+    eps = 1e-9
+    third = (1 - 2 * cosine) / (1 - 2 * cosine**2)
+    shares = torch.tensor([1 - cosine * third, 1 - cosine * third, third], dtype=torch.float64)
+    left = part * 4 * eps
+    norm = -third / (2 * shares[0].item()) * (1 + left) / (1 - left)
+    norms = torch.tensor([1, 1, norm], dtype=torch.float64)
+    units = torch.eye(3, dtype=torch.float64)
+    units[2] = units.new_tensor([cosine, cosine, (1 - 2 * cosine**2) ** 0.5])
+    jac = torch.cat((units * norms[:, None], torch.zeros(1, 3, dtype=torch.float64)))
+    weights = equal_projection(jac @ jac.T, eps=eps, capturable=capturable)
+    assert weights.sum().item() == pytest.approx(1)
+    assert weights[3] == 0
+    lengths = weights[:3] * norms
+    if part > 1:  # a solution like any other
+        torch.testing.assert_close(lengths / lengths.sum(), shares / shares.sum())
+        return
+    lengths = lengths / lengths.sum()
+    assert (lengths >= -1e-12).all()
+    slope = units @ (lengths @ units)  # optimality of the min-norm point over unit vectors
+    assert (slope >= slope @ lengths - 1e-9).all()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
 def test_a_deficient_matrix_gets_its_pseudo_inverse(capturable: bool) -> None:
     jac = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
     gram = jac @ jac.T

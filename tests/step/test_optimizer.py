@@ -388,8 +388,12 @@ def test_new_numbers_per_task_at_the_end_of_an_epoch() -> None:
     optimizer.step(model.named())
     with pytest.raises(ValueError, match="one number for each of the tasks a, b, c, got"):
         optimizer.end_epoch(scores={"a": 9})
-    with pytest.raises(ValueError, match="'score' is no option with one number per task"):
+    sentence = r"^PIVRG: 'score' is no option with one number per task; there is scores\.$"
+    with pytest.raises(ValueError, match=sentence):
         optimizer.end_epoch(score=[1, 2, 3])
+    sentence = r"^MGDA: 'scores' is no option with one number per task; there is none\.$"
+    with pytest.raises(ValueError, match=sentence):
+        wrapped(Toy(), "mgda").end_epoch(scores=[1, 2, 3])
     optimizer.end_epoch(scores={"b": 0, "a": 9, "c": 3})
     plain.load_state_dict(model.state_dict())
     for one, net in ((optimizer, model), (other, plain)):

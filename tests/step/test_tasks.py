@@ -249,18 +249,34 @@ def test_shared_given_as_a_module_a_tensor_or_a_list() -> None:
         model.zero_grad()
 
 
-def test_shared_parameters_that_are_left_out_get_the_plain_sum() -> None:
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@pytest.mark.parametrize(("shared", "other"), [(2, 0), (0, 2)])
+def test_shared_parameters_that_are_left_out_get_the_plain_sum(
+    shared: int, other: int, engine: str
+) -> None:
+    """They lie below the cut, so the pass through a head goes on and must leave the graph."""
     model = Toy(3)
-    optimizer = wrapped(model, "mgda", shared=model.trunk[2])
+    optimizer = wrapped(model, "mgda", shared=model.trunk[shared], engine=engine)
     optimizer.backward(model.losses())
     plain = Toy(3)
     sum(plain.losses()).backward()
-    assert_same(grads(model.trunk[0]), grads(plain.trunk[0]))
-    positions = list(model.trunk[2].parameters())
+    assert_same(grads(model.trunk[other]), grads(plain.trunk[other]))
+    assert_same(grads(model.heads), grads(plain.heads))
+    positions = list(model.trunk[shared].parameters())
     rows = lone_rows(model.losses(), positions)
     matrix = torch.stack([torch.cat([g.reshape(-1) for g in r if g is not None]) for r in rows])
     found = torch.cat([p.grad.reshape(-1) for p in positions])
     assert_same([found], [3 * aggregate(matrix, "mgda").direction], 1e-9)
+
+
+def test_a_trunk_that_is_left_out_as_a_whole_gets_the_plain_sum() -> None:
+    model, plain = Toy(3), Toy(3)
+    optimizer = wrapped(model, "mgda", shared=model.heads[0])
+    optimizer.backward(model.losses())
+    sum(plain.losses()).backward()
+    for part in (0, 2):
+        assert_same(grads(model.trunk[part]), grads(plain.trunk[part]))
+    assert_same(grads(model.heads[1:]), grads(plain.heads[1:]))
 
 
 def test_parameters_of_one_task_may_be_declared_shared() -> None:

@@ -18,6 +18,7 @@ from models import (
     grads,
     lone_rows,
     param,
+    square,
     wrapped,
 )
 from torch import Tensor
@@ -89,6 +90,26 @@ def test_default_of_the_heads(name: str) -> None:
     assert_same(found, [weights[i // 2] * g for i, g in enumerate(plain)])
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched", "representation"])
+def test_head_of_a_task_with_nothing_shared_keeps_its_plain_gradient(engine: str) -> None:
+    """The others' heads are weighted, and the rule has no weight for this one."""
+    model, own = Toy(2), param(3, seed=4)
+    optimizer = wrapped([*model.parameters(), own], "nash_mtl", engine=engine)
+    a, b = model.losses()
+    optimizer.backward({"a": a, "own": (own - 1).square().sum(), "b": b})
+    assert_same([own.grad], [2 * (own - 1)])
+    assert optimizer.last is not None
+    assert optimizer.last.heads is not None
+    weights = optimizer.last.heads.tolist()
+    assert weights[1] == 1
+    assert 1 not in (weights[0], weights[2])
+    rows = lone_rows(model.losses(), list(model.heads.parameters()))
+    plain = [*rows[0][:2], *rows[1][2:]]
+    factors = [weights[0]] * 2 + [weights[2]] * 2
+    wanted = [f * g for f, g in zip(factors, plain, strict=True) if g is not None]
+    assert_same(grads(model.heads), wanted)
+
+
 @pytest.mark.parametrize("name", ONE_BATCH)
 def test_scale(name: str) -> None:
     """Sum is the number of present tasks times native for rules like a mean, else the same."""
@@ -99,6 +120,21 @@ def test_scale(name: str) -> None:
         found[scale] = grads(model.trunk)
     factor = 3 if make_rule(name).scale == "mean" else 1
     assert_same(found["sum"], [factor * g for g in found["native"] if g is not None], 1e-12)
+
+
+@pytest.mark.parametrize("n_tasks", [2, 3])
+def test_scale_of_a_direction_is_the_number_of_tasks(n_tasks: int) -> None:
+    @dataclass(frozen=True)
+    class Mean(GradientRule):
+        scale: ClassVar[Any] = "mean"
+
+        def direction(self, grads: Any, indices: Any, ctx: Context) -> list[Tensor]:
+            return [g.mean(dim=0) for g in grads]
+
+    model, plain = Toy(n_tasks), Toy(n_tasks)
+    wrapped(model, Mean(), scale="sum").backward(model.losses())
+    sum(plain.losses()).backward()
+    assert_same(grads(model), grads(plain))
 
 
 @pytest.mark.parametrize("name", ["upgrad", "mgda", "cagrad", "imtl_g", "pcgrad"])
@@ -196,6 +232,18 @@ def test_a_task_that_the_last_solve_did_not_cover_triggers_one() -> None:
         passes.append(model.count())
     assert passes == [2, 1, 1, 1, 3, 1, 1]
     assert optimizer.core.contents()["step"]["solved"] == 2
+
+
+def test_held_weights_are_dropped_when_a_task_joins() -> None:
+    """Also where there is nothing to solve for the new task alone."""
+    model, own = Passing(), param(3, seed=4)
+    optimizer = wrapped([*model.parameters(), own], "upgrad", update_every=3)
+    passes = []
+    for names in ("ab", "d", "ab", "ab"):
+        losses = {**model.named(), "d": square(own - 1)}
+        optimizer.step({name: losses[name] for name in names})
+        passes.append(model.count())
+    assert passes == [2, 0, 2, 1]
 
 
 def test_update_every_counts_windows_of_accumulated_pieces() -> None:
@@ -305,6 +353,21 @@ def test_zero_grad_clears_what_learned_tensors_wait_for() -> None:
     optimizer.zero_grad()
     optimizer.step()
     assert not learned(optimizer, "log_variance").any()
+
+
+def test_the_models_own_zero_grad_clears_them_with_the_next_backward() -> None:
+    """Only the second pass counts, as it does for the parameters."""
+    found = []
+    for batches in ((0, 1), (1,)):
+        model = Toy()
+        optimizer = wrapped(model, "uw")
+        for batch in batches:
+            model.zero_grad()
+            optimizer.backward(model.losses(batch))
+        optimizer.step()
+        found.append([learned(optimizer, "log_variance"), *model.parameters()])
+    assert_same(found[0], found[1], 1e-12)
+    assert found[0][0].any()
 
 
 def test_elementwise_rule_sees_the_rows_of_every_parameter() -> None:

@@ -1,0 +1,53 @@
+"""Inner products and combinations of rows that are taken in chunks of columns."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradbal.solvers.gram import combine, gram_matrix
+
+MODULE = import_module("gradbal.solvers.gram")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "CHUNK", 4)
+    monkeypatch.setattr(MODULE, "PIECE", 3)
+
+
+def draw(m: int, n: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * m + n)
+    kind = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(m, n, generator=generator, dtype=kind).to(dtype)
+
+
+def precise(rows: Tensor) -> Tensor:
+    """Return rows of real numbers in float64."""
+    return torch.view_as_real(rows).flatten(1).double() if rows.is_complex() else rows.double()
+
+
+@pytest.mark.parametrize("n", [1, 4, 10])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_matrix_is_one_product(dtype: torch.dtype, scaled: bool, n: int) -> None:
+    rows = draw(5, n, dtype)
+    found = gram_matrix(rows, scaled=scaled)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, precise(rows) @ precise(rows).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 4, 10])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combination_is_one_product(dtype: torch.dtype, n: int) -> None:
+    rows, weights = draw(5, n, dtype), torch.linspace(-1, 2, 5, dtype=torch.float64)
+    found = combine(rows, weights)
+    assert found.dtype == dtype
+    out = torch.full_like(found, torch.nan)
+    combine(rows, weights, out)
+    assert torch.equal(out, found)
+    wanted = weights @ precise(rows)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(precise(found[None])[0], wanted, rtol=2 * eps, atol=20 * eps)
