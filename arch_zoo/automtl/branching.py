@@ -1,6 +1,6 @@
 """From a traced network to one with branches, and what is known of these."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from operator import attrgetter
 from typing import TypeAlias
@@ -18,32 +18,71 @@ Searchable: TypeAlias = Callable[[fx.Node, nn.Module], bool]
 Operators: TypeAlias = Mapping[str, fx.Node]  # the first calls of searchable modules, by path
 
 
+LEAST = 0.5  # of the parameters of a network that its operators hold, unless the user chose them
+
+
 def find_operators(
-    traced: fx.GraphModule, searchable: Searchable | None, blocks: bool
+    traced: fx.GraphModule,
+    searchable: Searchable | None,
+    blocks: bool,
+    leaves: Collection[type[nn.Module]] = (),
 ) -> Operators:
     """Return the first calls of the modules to search, by path.
 
     Args:
         traced: A network with shapes on its nodes.
         searchable: Decides about calls with one input; by default all modules of a chain of
-            blocks, and else convolutions with more than one position.
+            blocks, and else convolutions with more than one position. Where these hold less than
+            half of the parameters, linear layers and leaves come along.
         blocks: Whether it is a chain of blocks.
+        leaves: Classes of modules that the user left whole.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or if those found by default hold less than half of the
+            parameters.
     """
-    decide = searchable or (_is_any if blocks else _is_map)
+    if searchable is not None or blocks:
+        return _matching(traced, searchable or _is_any)
+    found = _matching(traced, _is_map, required=False)
+    if _share(traced, found) < LEAST:
+
+        def is_layer(node: fx.Node, module: nn.Module) -> bool:
+            return _is_map(node, module) or isinstance(module, (nn.Linear, *leaves))
+
+        found = _matching(traced, is_layer)
+    if (share := _share(traced, found)) < LEAST:
+        few = ", ".join(repr(path) for path in list(found)[:3])
+        raise ValueError(
+            f"AutoMTL: the operators to search must hold at least {LEAST:.0%} of the parameters of "
+            f"`backbone`, got {share:.0%} in {few}. Pass the backbone as a list of blocks, the "
+            "classes of its blocks as `leaves`, or `searchable` to choose on purpose."
+        )
+    return found
+
+
+def _matching(
+    traced: fx.GraphModule, decide: Searchable, required: bool = True
+) -> dict[str, fx.Node]:
+    """Return the first calls of the modules that a predicate holds for, by path."""
     found: dict[str, fx.Node] = {}
     for node in traced.graph.nodes:
         single = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         if single and decide(node, traced.get_submodule(node.target)):
             found.setdefault(node.target, node)
-    if not found:
+    if required and not found:
         raise ValueError(
             "AutoMTL: `searchable` must hold for at least one module of `backbone` that is called "
             "with one input, got none."
         )
     return found
+
+
+def _share(traced: fx.GraphModule, operators: Operators) -> float:
+    """Return the share of a network's parameters that are in its operators."""
+    modules = [traced.get_submodule(path) for path in operators]
+    held = {id(p): p.numel() for module in modules for p in module.parameters()}
+    total = sum(parameter.numel() for parameter in traced.parameters())
+    return sum(held.values()) / total if total else 1.0
 
 
 def add_branches(

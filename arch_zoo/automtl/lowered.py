@@ -1,12 +1,13 @@
 """The network that choices make."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
+from arch_zoo.inputs import Inputs
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 
 class Segment(NamedTuple):
@@ -32,21 +33,23 @@ class Lowered(MultiTaskModel):
         heads: One module per task, which reads its features.
     """
 
-    def __init__(self, network: fx.GraphModule, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, network: fx.GraphModule, heads: Heads) -> None:
         super().__init__(heads)
         self.network = network
         self._cut()
 
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
-        return self.by_batch(self._encode, tasks, x)
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
+        return self.by_batch(self._encode, tasks, x, named)
 
     def reach(self) -> Reach:
         for node, tasks in _readers(self.network.graph).items():
             if node.op in ("call_module", "get_attr"):
                 yield attrgetter(str(node.target))(self.network), tasks
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor) -> Features:
-        if len(tasks) == len(self.tasks):
+    def _encode(self, tasks: tuple[str, ...], x: Tensor, **named: Inputs) -> Features:
+        if len(tasks) == len(self.streams):
             return Features(shared=(), per_task=self.network(x), aux={})
         values = {"x": x}
         for segment in self.segments:
