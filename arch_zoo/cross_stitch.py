@@ -11,7 +11,7 @@ from arch_zoo.encoders import Encoder, copies_of, parts_of, stages_of
 from arch_zoo.inputs import Inputs, call
 from arch_zoo.layout import width_of
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
-from arch_zoo.stitch import ChannelRow, LazyReduction, Row, Stitch, SubspaceRow, starts
+from arch_zoo.stitch import ChannelRow, LazyReduction, Row, Stitch, SubspaceRow, start_of
 from arch_zoo.tensors import check_layout, mix, stack
 
 MIXES = ("stitch", "nddr")
@@ -22,7 +22,7 @@ class CrossStitch(MultiTaskModel):
 
     The rows of a unit `A` are parameters of their own, since that of the last unit serves one task
     only; all are :meth:`architecture_parameters` and want a larger learning rate than the networks,
-    a hundred times in the published codes. A task with its own batch sends it through all networks
+    a hundred times in a public reproduction. A task with its own batch sends it through all networks
     up to the last unit.
 
     With ``mix="nddr"`` it is NDDR-CNN, :math:`\tilde x_t = \mathrm{ReLU}(\mathrm{BN}(W_t [x_1, x_2,
@@ -107,25 +107,28 @@ class CrossStitch(MultiTaskModel):
         self.subspaces, self.orthogonality_weight = subspaces, orthogonality_weight
         self.networks = nn.ModuleDict({t: nn.Sequential(*net) for t, net in networks.items()})
 
-        def row(start: Tensor) -> nn.Module:
-            if mix == "nddr":
-                return LazyReduction(start[0, :, 0], norm, act)
+        n = len(self.streams)
+
+        def row(number: int) -> nn.Module:
             if subspaces > 1:
-                return SubspaceRow(start.clone())
-            kind = ChannelRow if granularity == "channel" else Row
-            return kind(start[0, :, 0].clone())
+                own = range(number * subspaces, (number + 1) * subspaces)
+                return SubspaceRow([start_of(i, n * subspaces, self_weight) for i in own])
+            start = start_of(number, n, self_weight)
+            if mix == "nddr":
+                return LazyReduction(start, norm, act)
+            return ChannelRow(start) if granularity == "channel" else Row(start)
 
         def unit(depth: int) -> Stitch:
-            begin = zip(self.streams, starts(self.streams, self_weight, subspaces), strict=True)
-            width = width_of(networks[self.streams[0]][depth])
-            return Stitch(depth, {name: row(start) for name, start in begin}, layout, width)
+            rows = {name: row(number) for number, name in enumerate(self.streams)}
+            return Stitch(depth, rows, layout, width_of(networks[self.streams[0]][depth]))
 
         self.units = nn.ModuleDict({str(depth): unit(depth) for depth in after})
         self.skips: nn.ParameterDict | None = None
         if skips:
-            rest = (1 - self_weight) / max(1, n_stages - 1)
-            beta = torch.tensor([rest] * (n_stages - 1) + [self_weight if n_stages > 1 else 1.0])
-            self.skips = nn.ParameterDict({t: nn.Parameter(beta.clone()) for t in self.streams})
+            beta = start_of(n_stages - 1, n_stages, self_weight)
+            self.skips = nn.ParameterDict(
+                {name: nn.Parameter(torch.tensor(beta)) for name in self.streams}
+            )
 
     def encode(
         self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs

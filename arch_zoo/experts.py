@@ -144,6 +144,10 @@ def _vmap(experts: nn.Module, x: Tensor, n: int, named: dict[str, Any]) -> Any:
     if torch.is_autocast_enabled(kind) and x.is_floating_point():
         x = x.to(next(experts.parameters()).dtype)
     with torch.autocast(kind, enabled=False):  # autocast misses convolutions inside vmap
+        if torch.compiler.is_exporting():  # which does not see through vmap
+            singles = [run({name: v[i] for name, v in state.items()}) for i in range(n)]
+            outputs = {f"expert {i}": single for i, single in enumerate(singles)}
+            return stack("ExpertBank", "the outputs of all experts", outputs)
         return torch.vmap(run, out_dims=1, randomness="different")(state)
 
 

@@ -17,8 +17,8 @@ class Gate:
 
     Args:
         input: ``"pool"`` reads the mean over positions, ``"flatten"`` all entries, which fixes the
-            input size, ``"given"`` the ``gate_input`` of the call; or a function of the features, or
-            of the dict of named inputs where a batch has no others.
+            input size, ``"given"`` the ``gate_input`` of the call; or a function of the features,
+            or of the dict of named inputs where a batch has no others.
         mask: Name of the input that says which positions ``"pool"`` counts, ``[batch, positions]``;
             without such an input, or with None here, all count.
         layout: How the features lie that ``"pool"`` reads, such as ``"NHWC"``; by default

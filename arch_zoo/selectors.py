@@ -95,7 +95,9 @@ class SelectorGate(nn.Module):
             logits = logits.unflatten(-1, (self.k, self.bits + 1))
         shares = self._shares(smooth_step(logits[..., :-1], self.gamma))
         weights = (torch.softmax(logits[..., -1:], dim=-2) * shares).sum(-2)
-        return weights.expand(len(u), self.n), self._penalty(shares)
+        if self.layers is None:
+            weights = weights.expand(len(u), self.n)
+        return weights, self._penalty(shares)
 
     def _shares(self, bits: Tensor) -> Tensor:
         """Return what each selector gives to each expert, ``[..., k, bits]`` to ``[..., k, n]``."""

@@ -50,27 +50,34 @@ class Stitch(nn.Module):
         return {name: self.rows[name](mixed, axis) for name in tasks}
 
 
-def starts(tasks: Sequence[str], self_weight: float, subspaces: int = 1) -> list[Tensor]:
-    """Return the rows of all tasks, ``[subspaces, streams, subspaces]``, whose rows sum to one."""
-    n = len(tasks) * subspaces
-    start = torch.eye(n)
-    if n > 1:
-        start = self_weight * start + (1 - self_weight) / (n - 1) * (1 - start)
-    return [*start.reshape(len(tasks), subspaces, len(tasks), subspaces)]
+def start_of(number: int, n: int, self_weight: float) -> list[float]:
+    """Return weights of ``n`` items that sum to one, all but one of them even."""
+    if n == 1:
+        return [1.0]
+    rest = (1 - self_weight) / (n - 1)
+    return [self_weight if i == number else rest for i in range(n)]
 
 
 class Row(nn.Module):
     """The weights with which one task reads all streams, ``[streams]`` or ``[streams, channels]``.
 
     Args:
-        weight: Where they start.
+        start: Where they start, one number per stream.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, start: Sequence[float]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.start = list(start)
+        self.weight = nn.Parameter(torch.empty(len(self.start)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the start."""
+        start = self.weight.new_tensor(self.start)
+        with torch.no_grad():
+            self.weight.copy_(start if self.weight.ndim == 1 else start.unsqueeze(1))
 
     def forward(self, streams: Any, axis: int) -> Any:
         """Mix streams ``[batch, streams, ...]``, in one of which channels lie on this axis."""
@@ -81,34 +88,40 @@ class ChannelRow(LazyModuleMixin, Row):
     """A row for each channel, as many as the first input has.
 
     Args:
-        weight: Where every channel starts, ``[streams]``.
+        start: Where every channel starts, one number per stream.
     """
 
     cls_to_become = Row
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight)
-        self.start = weight.tolist()
+    def __init__(self, start: Sequence[float]) -> None:
+        super().__init__(start)
         # a parameter at run time, though not to the type checker
         self.weight = UninitializedParameter()  # type: ignore[assignment]
 
     def initialize_parameters(self, streams: Tensor, axis: int) -> None:
         if isinstance(self.weight, UninitializedParameter):
             self.weight.materialize((len(self.start), streams.shape[axis + 1]))
-            with torch.no_grad():
-                self.weight.copy_(self.weight.new_tensor(self.start).unsqueeze(1))
+            self.reset_parameters()
 
 
 class SubspaceRow(nn.Module):
     """The weights with which the parts of one task's channels read those of all tasks.
 
     Args:
-        weight: Where they start, ``[subspaces, streams, subspaces]``.
+        start: Where they start, for each subspace of the task one number for each of every stream.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, start: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.start = [list(row) for row in start]
+        parts = len(self.start)
+        self.weight = nn.Parameter(torch.empty(parts, len(self.start[0]) // parts, parts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the start."""
+        with torch.no_grad():
+            self.weight.copy_(self.weight.new_tensor(self.start).reshape(self.weight.shape))
 
     def forward(self, streams: Tensor, axis: int) -> Tensor:
         """Mix streams ``[batch, streams, ...]``, in one of which channels lie on this axis."""
@@ -127,16 +140,17 @@ class Reduction(nn.Module):
     """A layer over single positions from the channels of all streams to those of one.
 
     Args:
-        start: Weight of each stream at the start, ``[streams]``, channel by channel.
+        start: Weight of each stream at the start, channel by channel.
         norm: Batch norm after it.
         act: ReLU after that.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, start: Tensor, norm: bool, act: bool) -> None:
+    def __init__(self, start: Sequence[float], norm: bool, act: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(start)
+        self.start = list(start)
+        self.weight = nn.Parameter(torch.empty(0))
         self.norm = nn.LazyBatchNorm1d(momentum=0.05) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
 
@@ -147,15 +161,20 @@ class Reduction(nn.Module):
         normed = self.norm(y.flatten(2) if y.ndim > 2 else y).reshape(y.shape)
         return channels_back(self.act(normed), axis)
 
+    def reset_parameters(self) -> None:
+        """Go back to the start."""
+        with torch.no_grad():
+            eye = torch.eye(len(self.weight)).to(self.weight).unsqueeze(1)
+            self.weight.copy_(eye * self.weight.new_tensor(self.start)[:, None])
+
 
 class LazyReduction(LazyModuleMixin, Reduction):
     """A :class:`Reduction` whose first input sets the channels."""
 
     cls_to_become = Reduction
 
-    def __init__(self, start: Tensor, norm: bool, act: bool) -> None:
+    def __init__(self, start: Sequence[float], norm: bool, act: bool) -> None:
         super().__init__(start, norm, act)
-        self.start = start.tolist()
         # a parameter at run time, though not to the type checker
         self.weight = UninitializedParameter()  # type: ignore[assignment]
 
@@ -163,6 +182,4 @@ class LazyReduction(LazyModuleMixin, Reduction):
         if isinstance(self.weight, UninitializedParameter):
             channels = streams.shape[axis + 1]
             self.weight.materialize((channels, len(self.start), channels))
-            with torch.no_grad():
-                eye = torch.eye(channels).to(self.weight).unsqueeze(1)
-                self.weight.copy_(eye * self.weight.new_tensor(self.start)[:, None])
+            self.reset_parameters()

@@ -91,11 +91,12 @@ def add_branches(
     operators: Operators,
     task_norms: bool,
     skip: str,
+    copied: bool = True,
 ) -> fx.GraphModule:
     """Return a network of input, choices of a task, and the task's name.
 
     Modules are named as the calls in the code. Copies are made all at once for each task, so that
-    what is tied stays tied.
+    what is tied stays tied; without ``copied`` operators have none.
     """
     calls = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {node.target: attrgetter(node.target)(traced) for node in calls}
@@ -106,7 +107,7 @@ def add_branches(
         specific = {task: copies[task][path] for task in tasks}
         if path in operators:
             skips = _skips(module, operators[path], tasks, skip)
-            parts[path] = Operator(index[path], module, specific, skips)
+            parts[path] = Operator(index[path], module, specific if copied else {}, skips, tasks)
         else:
             parts[path] = PerTask(specific)
     return _emit(traced.graph, parts)

@@ -50,8 +50,9 @@ class Operator(PerTask):
     Args:
         index: Its row in the choices.
         shared: The module for all tasks.
-        specific: Copies, by task.
+        specific: Copies, by task; empty if there are none.
         skips: What leaves it out, by task; empty if nothing fits.
+        tasks: All tasks.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Operator(PerTask):
         shared: nn.Module,
         specific: Mapping[str, nn.Module],
         skips: Mapping[str, nn.Module],
+        tasks: Sequence[str],
     ) -> None:
         super().__init__(specific)
+        self.tasks = tuple(tasks)
         self.index = index
         self.shared = shared
         self.skips = nn.ModuleDict(skips)
@@ -74,21 +77,24 @@ class Operator(PerTask):
             choices: Probabilities of the branches of all operators, ``[operators, 3]``.
             task: Whose branches.
         """
-        shared, specific, skip = self.branches(task)
         shares = choices[self.index]
-        y: Tensor = shares[0] * shared(x) + shares[1] * specific(x)
-        return y if skip is None else y + shares[2] * skip(x)
+        shared, *others = self.branches(task)
+        y: Tensor = shares[0] * shared(x)
+        for share, branch in zip(shares[1:], others, strict=True):
+            y = y if branch is None else y + share * branch(x)
+        return y
 
-    def branches(self, task: str) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-        """Return what the task may take, in the order of the choices."""
+    def branches(self, task: str) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+        """Return what the task may take, in the order of the choices; None for no such branch."""
+        specific = self.specific[task] if self.specific else None
         skip = self.skips[task] if self.skips else None
-        return self.shared, self.specific[task], skip
+        return self.shared, specific, skip
 
     def taken(self, choices: Sequence[int], task: str) -> str:
         return ("shared", f"specific.{task}", f"skips.{task}")[choices[self.index]]
 
     def reach(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-        yield self.shared, tuple(self.specific)
+        yield self.shared, self.tasks
         yield from super().reach()
         for task, skip in self.skips.items():
             yield skip, (task,)

@@ -45,6 +45,8 @@ class AutoMTL(MultiTaskModel):
             parameters but no computation.
         skip: ``"geometry"`` skips where an average over the operator's windows can stand for it,
             ``"identity"`` where the operator keeps shapes, ``"off"`` nowhere.
+        branches: What a task may choose beside the shared module: ``"specific"``, ``"skip"``, or
+            both.
         leaves: Classes of modules that are not to be traced through.
         tau: Returns the temperature when called; by default ``Temperature()``.
         regulariser: What makes tasks share, a function of the sample and the policy; by default
@@ -80,6 +82,7 @@ class AutoMTL(MultiTaskModel):
         searchable: Searchable | None = None,
         norm: str = "shared",
         skip: str = "geometry",
+        branches: Collection[str] = ("specific", "skip"),
         leaves: Collection[type[nn.Module]] = (),
         tau: nn.Module | None = None,
         regulariser: Regulariser | None = None,
@@ -89,11 +92,23 @@ class AutoMTL(MultiTaskModel):
             if value not in known:
                 listed = ", ".join(map(repr, known))
                 raise ValueError(f"AutoMTL: `{name}` must be among {listed}, got {value!r}.")
+        if not branches or not set(branches) <= {"specific", "skip"}:
+            raise ValueError(
+                f"AutoMTL: `branches` must hold 'specific', 'skip' or both, got {tuple(branches)}."
+            )
+        _check_numbers(backbone, example_input)
         traced = trace(backbone, example_input, leaves)
         blocks = not isinstance(backbone, nn.Module)
         operators = find_operators(traced, searchable, blocks, leaves)
         self.operators = tuple(operators)
-        self.network = add_branches(traced, self.streams, operators, norm == "task", skip)
+        self.network = add_branches(
+            traced,
+            self.streams,
+            operators,
+            norm == "task",
+            skip if "skip" in branches else "off",
+            "specific" in branches,
+        )
         policy = make_policy(traced, self.streams, operators, self.network, tau)
         self.policy = policy.to(example_input.device)
         self.regulariser = DepthWeighted() if regulariser is None else regulariser
@@ -173,6 +188,17 @@ class AutoMTL(MultiTaskModel):
     ) -> Features:
         per_task = {name: self.network(x, choices[name], name) for name in tasks}
         return Features(shared=(), per_task=per_task, aux={})
+
+
+def _check_numbers(backbone: nn.Module | Sequence[nn.Module], example: Tensor) -> None:
+    """Raise on the meta device, where a trace cannot be compared with its network."""
+    parts = [backbone] if isinstance(backbone, nn.Module) else backbone
+    known = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+    if getattr(example, "is_meta", False) or any(p.is_meta for p in known):
+        raise ValueError(
+            "AutoMTL: `backbone` and `example_input` must hold numbers, got tensors on the meta "
+            "device. Build the model on another one and move it."
+        )
 
 
 def _is_choice(rows: Tensor, legal: Tensor) -> bool:
