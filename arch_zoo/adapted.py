@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -89,12 +89,16 @@ class Conditional(nn.Module):
 
 
 class Adapted(MultiTaskModel):
-    """A trunk with small modules of each task, all tasks of a batch in one pass.
+    """A trunk with small modules of each task.
 
-    Private modules sit from some layer of the trunk on, so every task needs a pass of its own: the
-    batch is repeated for each, along the first axis, which modules of the trunk have to keep the
-    first. The trunk is copied, and frozen unless told otherwise; the norms of a frozen trunk keep
-    their statistics. Frozen parameters are neither shared nor of a task.
+    Private modules sit within the trunk, so every task needs features of its own. They come from
+    one pass of the trunk in which the batch is repeated for each task along the first axis, which
+    modules of the trunk have to keep the first; or from a pass per task. In one pass, autograd
+    finds a path from each task to the modules of the others, with a gradient of zero; so by default
+    passes that need gradients go task by task, and the others are one.
+
+    The trunk is copied, and frozen unless told otherwise; the norms of a frozen trunk keep their
+    statistics. Frozen parameters are neither shared nor of a task.
 
     Args:
         encoder: The trunk, such as a pretrained network.
@@ -105,6 +109,8 @@ class Adapted(MultiTaskModel):
             what lies within that module is left alone, as is all within ``nn.MultiheadAttention``.
         freeze: Freeze the trunk.
         train: Pattern, as in :mod:`re`, of the trunk's parameters that learn nevertheless.
+        batched: Run all tasks in one pass: True always, False never, None where no gradients are
+            wanted. The task sets of the model are those of passes task by task.
 
     Raises:
         TypeError: If the trunk is no encoder.
@@ -133,10 +139,11 @@ class Adapted(MultiTaskModel):
         *,
         freeze: bool = True,
         train: str | None = None,
+        batched: bool | None = None,
     ) -> None:
         super().__init__(heads)
         self.encoder = copy.deepcopy(module_of(self._owner, "encoder", encoder))
-        self.freeze = freeze
+        self.freeze, self.batched = freeze, batched
         if freeze:
             pattern = None if train is None else re.compile(train)
             for name, parameter in self.encoder.named_parameters():
@@ -173,12 +180,23 @@ class Adapted(MultiTaskModel):
         return self
 
     def _encode(self, streams: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
+        together = not torch.is_grad_enabled() if self.batched is None else self.batched
+        passes = [streams] if together else [(name,) for name in streams]
+        per_task: dict[str, Any] = {}
+        for names in passes:
+            per_task |= self._passed(names, x, named)
+        return Features(shared=(), per_task=per_task, aux={})
+
+    def _passed(
+        self, streams: tuple[str, ...], x: Inputs, named: Mapping[str, Inputs]
+    ) -> dict[str, Any]:
+        """Return what one pass of the trunk makes for some tasks."""
         n = len(streams)
 
         def repeated(value: Tensor) -> Tensor:
             return value.repeat(n, *[1] * (value.ndim - 1)) if value.ndim else value
 
-        x, named = pytree.tree_map_only(Tensor, repeated, (x, named))
+        x, named = pytree.tree_map_only(Tensor, repeated, (x, dict(named)))
         self._context.tasks = streams
         try:
             z = call(self.encoder, x, named)
@@ -186,11 +204,10 @@ class Adapted(MultiTaskModel):
             self._context.tasks = None
         leaves, spec = pytree.tree_flatten(z)
         pieces = [leaf.chunk(n) if isinstance(leaf, Tensor) else [leaf] * n for leaf in leaves]
-        per_task = {
+        return {
             name: pytree.tree_unflatten([piece[i] for piece in pieces], spec)
             for i, name in enumerate(streams)
         }
-        return Features(shared=(), per_task=per_task, aux={})
 
     def _conditionals(self) -> Iterator[Conditional]:
         return (m for m in self.encoder.modules() if isinstance(m, Conditional))

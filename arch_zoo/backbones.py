@@ -187,7 +187,7 @@ def _torchvision_vit(model: Any) -> Parts:
 
 def _with_class_token(model: Any, x: Tensor) -> Tensor:
     tokens: Tensor = model._process_input(x)
-    return torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+    return torch.cat([model.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 def _with_positions(encoder: Any, x: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class Last(nn.Module):
             return x[:, -1]
         positions = torch.arange(x.shape[1], device=x.device)
         last = (positions * (attention_mask != 0)).argmax(dim=1)
-        return x[torch.arange(len(x), device=x.device), last]
+        return x[torch.arange(x.shape[0], device=x.device), last]
 
 
 class TextStem(nn.Module):

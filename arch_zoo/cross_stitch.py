@@ -22,8 +22,8 @@ class CrossStitch(MultiTaskModel):
 
     The rows of a unit `A` are parameters of their own, since that of the last unit serves one task
     only; all are :meth:`architecture_parameters` and want a larger learning rate than the networks,
-    a hundred times in a public reproduction. A task with its own batch sends it through all networks
-    up to the last unit.
+    a hundred times in a public reproduction. A task with its own batch sends it through all
+    networks up to the last unit.
 
     With ``mix="nddr"`` it is NDDR-CNN, :math:`\tilde x_t = \mathrm{ReLU}(\mathrm{BN}(W_t [x_1, x_2,
     \dots]))` with a layer `W` over single positions. With ``subspaces`` and ``skips`` it is a

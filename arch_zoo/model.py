@@ -293,7 +293,8 @@ class MultiTaskModel(nn.Module, ABC):
             names = tuple(name for name in names if name not in members)
             taken = taken_by(self.heads, feats.named.get(members[0], {}))
             part = self.heads(streams, members, **taken)
-            outputs.update(part.outputs)
+            mine = {k: y for k, y in part.outputs.items() if k in members or k not in self.tasks}
+            outputs.update(mine)
             predictions.update(part.predictions)
             aux.update(part.aux)
         ours = {name: outputs.pop(name) for name in self.tasks if name in outputs}

@@ -96,7 +96,7 @@ class SelectorGate(nn.Module):
         shares = self._shares(smooth_step(logits[..., :-1], self.gamma))
         weights = (torch.softmax(logits[..., -1:], dim=-2) * shares).sum(-2)
         if self.layers is None:
-            weights = weights.expand(len(u), self.n)
+            weights = weights.expand(u.shape[0], self.n)
         return weights, self._penalty(shares)
 
     def _shares(self, bits: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class SparseMoE(nn.Module):
             known = ", ".join(map(repr, self.routers))
             raise ValueError(f"SparseMoE: `task` must be among {known}, got {task!r}.")
         tokens = x.reshape(-1, x.shape[-1])
-        counted = tokens.new_ones(len(tokens)) if attention_mask is None else attention_mask
+        counted = tokens.new_ones(tokens.shape[0]) if attention_mask is None else attention_mask
         counted = (counted.reshape(-1) != 0).float()
         with torch.autocast(x.device.type, enabled=False):
             weight = self.routers[name].get_parameter("weight").float()
@@ -125,7 +125,7 @@ class SparseMoE(nn.Module):
             weights[row, number].unsqueeze(1) * expert(tokens[row])
             for number, (expert, row) in enumerate(zip(experts, rows, strict=True))
         ]
-        total = parts[0].new_zeros(len(tokens), parts[0].shape[-1])
+        total = parts[0].new_zeros(tokens.shape[0], parts[0].shape[-1])
         summed: Tensor = total.index_add(0, torch.cat(rows), torch.cat(parts))
         return summed
 
