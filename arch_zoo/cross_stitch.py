@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from arch_zoo.encoders import Encoder, copies_of, parts_of, stages_of
 from arch_zoo.inputs import Inputs, call
-from arch_zoo.layout import width_of
+from arch_zoo.layout import widths_of
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 from arch_zoo.stitch import ChannelRow, LazyReduction, Row, Stitch, SubspaceRow, start_of
 from arch_zoo.tensors import check_layout, mix, stack
@@ -107,7 +107,7 @@ class CrossStitch(MultiTaskModel):
         self.subspaces, self.orthogonality_weight = subspaces, orthogonality_weight
         self.networks = nn.ModuleDict({t: nn.Sequential(*net) for t, net in networks.items()})
 
-        n = len(self.streams)
+        n, widths = len(self.streams), widths_of(networks[self.streams[0]])
 
         def row(number: int) -> nn.Module:
             if subspaces > 1:
@@ -120,7 +120,7 @@ class CrossStitch(MultiTaskModel):
 
         def unit(depth: int) -> Stitch:
             rows = {name: row(number) for number, name in enumerate(self.streams)}
-            return Stitch(depth, rows, layout, width_of(networks[self.streams[0]][depth]))
+            return Stitch(depth, rows, layout, widths[depth])
 
         self.units = nn.ModuleDict({str(depth): unit(depth) for depth in after})
         self.skips: nn.ParameterDict | None = None

@@ -52,6 +52,10 @@ for _kind in (PerTask, OneBatch):
         lambda mapping: (list(mapping.values()), list(mapping)),
         lambda values, keys, kind=_kind: kind(zip(keys, values, strict=True)),  # type: ignore[misc]
         serialized_type_name=f"arch_zoo.{_kind.__name__}",
+        flatten_with_keys_fn=lambda mapping: (
+            [(pytree.MappingKey(key), value) for key, value in mapping.items()],
+            list(mapping),
+        ),
     )
 
 

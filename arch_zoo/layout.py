@@ -1,5 +1,6 @@
 """Where the channels of a stage's output lie: stated, or derived from the stage's last layer."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ def width_of(module: nn.Module) -> Width | None:
         if sizes and type(layer).__module__.startswith("torch.nn"):
             return Width(sizes[0], isinstance(layer, nn.Linear | nn.Embedding))
     return None
+
+
+def widths_of(parts: Iterable[nn.Module]) -> list[Width | None]:
+    """Return the widths of parts that follow each other; one without a layer keeps the last."""
+    found: list[Width | None] = []
+    for part in parts:
+        found.append(width_of(part) or (found[-1] if found else None))
+    return found
 
 
 def axis_of(owner: str, where: str, x: Tensor, layout: str | None, width: Width | None) -> int:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from arch_zoo.blocks import Attention, Bottleneck, Convolution
 from arch_zoo.encoders import Chain, Encoder, parts_of, stages_of
 from arch_zoo.inputs import Inputs, call
-from arch_zoo.layout import axis_of, width_of
+from arch_zoo.layout import axis_of, widths_of
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 from arch_zoo.tensors import channels_back, channels_first, check_layout
 
@@ -105,7 +105,7 @@ class MTAN(MultiTaskModel):
             )
         self.layout = layout
         self.stages = nn.ModuleList(nn.ModuleList(_split(stage)) for stage in trunk)
-        self.widths = [width_of(part) for stage in self.stages for part in parts_of(stage)]
+        self.widths = widths_of(part for stage in self.stages for part in parts_of(stage))
         self.attention = nn.ModuleDict(
             {t: nn.ModuleList(Attention(reduction) for _ in trunk) for t in self.streams}
         )

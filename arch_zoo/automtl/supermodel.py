@@ -1,6 +1,6 @@
 """AutoMTL: every operator of a traced network, shared, copied or skipped by each task."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 
@@ -15,7 +15,7 @@ from arch_zoo.automtl.regularisers import DepthWeighted, Regulariser
 from arch_zoo.automtl.skips import SKIPS
 from arch_zoo.automtl.tracing import trace
 from arch_zoo.decoders import Decoder
-from arch_zoo.inputs import Inputs
+from arch_zoo.inputs import Inputs, takes
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 NORMS = ("shared", "task")
@@ -126,11 +126,12 @@ class AutoMTL(MultiTaskModel):
         Args:
             x: As in :class:`MultiTaskModel`.
             tasks: As there.
-            named: As there; none is handed on.
+            named: As there, for heads; operators are called with one input.
             choices: Probabilities of the branches, ``[operators, 3]`` for every task; by default a
                 sample of the policy in training, whose regulariser is then returned, and its
                 likeliest branches in evaluation.
         """
+        self._check_named(named)
         if choices is not None:
             for name in self._asked(tasks, {"x": x, **named}):
                 self._batch("choices", choices, name)
@@ -182,6 +183,16 @@ class AutoMTL(MultiTaskModel):
         heads = self.heads if isinstance(self.heads, Decoder) else dict(self.heads.items())
         lowered = Lowered(lower(self.network, numbers), heads)
         return deepcopy(lowered).train(self.training)
+
+    def _check_named(self, named: Mapping[str, Inputs]) -> None:
+        """Raise if an operator takes a named input, which the traced network would lose."""
+        for operator in self.network.children() if named else ():
+            names = takes(getattr(operator, "shared", operator), first=False) or ()
+            if lost := [name for name in named if name in names]:
+                raise TypeError(
+                    f"AutoMTL: operators are called with one input, and `{lost[0]}` is named by "
+                    "the `forward` of one. Let the blocks hand it on within their features."
+                )
 
     def _encode(
         self, choices: Choices, tasks: tuple[str, ...], x: Tensor, **named: Inputs
