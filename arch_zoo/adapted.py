@@ -67,6 +67,17 @@ class Conditional(nn.Module):
         self.specific = nn.ModuleDict({name: attachment.make() for name in tasks})
         self.context = context
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("weight", "bias"):
+                raise AttributeError(
+                    f"Adapted: `{name}` of a layer is read by a module that does not call the "
+                    "layer, so nothing can be attached to it. Leave it out by `names`."
+                ) from None
+            raise
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tasks = self.context.tasks
         if tasks is None:

@@ -528,6 +528,26 @@ def test_bad_values(call: Callable[[], object], sentence: str) -> None:
         call()
 
 
+class Reader(nn.Module):
+    """Reads the weight of a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.linear.weight)
+
+
+def test_a_layer_that_is_not_called_cannot_be_adapted() -> None:
+    sentence = (
+        "Adapted: `weight` of a layer is read by a module that does not call the layer, so nothing "
+        "can be attached to it. Leave it out by `names`."
+    )
+    with pytest.raises(AttributeError, match=f"^{re.escape(sentence)}$"):
+        Adapted(Reader(), {"a": nn.Identity()}, [lora(2)])(normal(2, 3))
+
+
 def test_a_layer_of_tasks_alone_says_what_to_do() -> None:
     model = adapted(film("4"))
     with pytest.raises(RuntimeError, match=r"^Adapted: a layer with modules of tasks must run"):
