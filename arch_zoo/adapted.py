@@ -121,7 +121,8 @@ class Adapted(MultiTaskModel):
         freeze: Freeze the trunk.
         train: Pattern, as in :mod:`re`, of the trunk's parameters that learn nevertheless.
         batched: Run all tasks in one pass: True always, False never, None where no gradients are
-            wanted. The task sets of the model are those of passes task by task.
+            wanted and the batch holds tensors alone. The task sets of the model are those of passes
+            task by task.
 
     Raises:
         TypeError: If the trunk is no encoder.
@@ -192,6 +193,14 @@ class Adapted(MultiTaskModel):
 
     def _encode(self, streams: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
         together = not torch.is_grad_enabled() if self.batched is None else self.batched
+        plain = (Tensor, int, float, str, type(None))
+        others = [leaf for leaf in pytree.tree_leaves((x, named)) if not isinstance(leaf, plain)]
+        if others and self.batched:
+            raise ValueError(
+                "Adapted: `batched` must be None or False for a batch that holds more than tensors,"
+                f" which cannot be repeated, got {type(others[0]).__name__}."
+            )
+        together = together and not others
         passes = [streams] if together else [(name,) for name in streams]
         per_task: dict[str, Any] = {}
         for names in passes:

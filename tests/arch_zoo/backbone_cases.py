@@ -317,8 +317,7 @@ ARCHITECTURES: dict[str, Build] = {
     "Adapted": lambda b, heads: Adapted(list(b.stages()), heads, [film("2")]),
     "AutoMTL": lambda b, heads: AutoMTL(list(b.stages()), heads, b.x(2, 0)),
 }
-# A graph is neither a tensor nor a structure of tensors, so nothing can repeat it for each task.
-GAPS = {("Adapted", "graphs"), *(("AutoMTL", name) for name in ("BERT", "table", "graphs"))}
+GAPS = {("AutoMTL", name) for name in ("BERT", "table", "graphs")}  # it traces one tensor
 
 
 def build(architecture: str, name: str, seed: int = 0) -> MultiTaskModel:

@@ -528,6 +528,31 @@ def test_bad_values(call: Callable[[], object], sentence: str) -> None:
         call()
 
 
+def test_a_batch_that_cannot_be_repeated_takes_a_pass_per_task() -> None:
+    class Take(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 8)
+
+        def forward(self, x: object) -> Tensor:
+            return self.linear(x.features)  # type: ignore[attr-defined,no-any-return]
+
+    class Box:
+        features = normal(4, 3)
+
+    tops = {name: nn.Identity() for name in "ab"}
+    model = Adapted(Take(), tops, [lora(2)])
+    with torch.no_grad():
+        assert model(Box())["b"].shape == (4, 8)
+    model.batched = True
+    sentence = (
+        "Adapted: `batched` must be None or False for a batch that holds more than tensors, which "
+        "cannot be repeated, got Box."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        model(Box())
+
+
 class Reader(nn.Module):
     """Reads the weight of a layer that it does not call."""
 
