@@ -7,6 +7,7 @@ Prints the table of `docs/dense.md` and draws its picture:
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class Pyramid(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.ReLU(),
             )
-            for number, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for number, (before, after) in enumerate(pairwise(widths))
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -104,6 +105,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def depth_loss(y: Tensor, target: Tensor) -> Tensor:
+    """Return the mean absolute error."""
     return (y.squeeze(1) - target).abs().mean()
 
 
@@ -112,6 +114,7 @@ CRITERIA = {"classes": cross_entropy, "depth": depth_loss}
 
 @torch.no_grad()
 def figures(model: nn.Module, test: Scenes) -> dict[str, float]:
+    """Return what the table shows of a model."""
     parts = [model.eval()(part) for part in test.picture.split(100)]
     guess = torch.cat([part["classes"].argmax(1) for part in parts])
     shares = []
@@ -125,6 +128,7 @@ def figures(model: nn.Module, test: Scenes) -> dict[str, float]:
 
 
 def train(name: str, learn: Scenes, seed: int, epochs: int) -> nn.Module:
+    """Return a trained model."""
     torch.manual_seed(seed)
     model = MODELS[name]().initialize(learn.picture[:2])
     base = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -138,6 +142,7 @@ def train(name: str, learn: Scenes, seed: int, epochs: int) -> nn.Module:
 
 
 def draw_picture(model: nn.Module, test: Scenes, path: str) -> None:
+    """Draw three scenes of the test with what a model makes of them."""
     from matplotlib.figure import Figure
 
     outputs = model.eval()(test.picture[:3])
@@ -162,6 +167,7 @@ def draw_picture(model: nn.Module, test: Scenes, path: str) -> None:
 
 
 def main() -> None:
+    """Train, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=8)

@@ -7,6 +7,7 @@ Prints the table of `docs/recommenders.md` and draws its picture:
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -67,25 +68,30 @@ class Embed(nn.Module):
 
 
 def tower(*sizes: int) -> nn.Module:
+    """Return a perceptron of these widths."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def heads(width: int = 32) -> dict[str, nn.Module]:
+    """Return a tower per task."""
     return {"click": tower(width, 16, 1), "conversion": tower(width, 16, 1)}
 
 
 def expert() -> nn.Module:
+    """Return a layer on the embeddings."""
     return nn.Sequential(tower(3 * WIDTH, 32), nn.ReLU())
 
 
 def second() -> nn.Module:
+    """Return a layer above such experts."""
     return nn.Sequential(nn.Linear(32, 32), nn.ReLU())
 
 
 def aitm() -> nn.Module:
+    """Return the chain from clicks to clicks that convert."""
     own = {name: expert() for name in ("click", "buy")}
     last = {name: tower(32, 16, 1) for name in own}
     return arch_zoo.AITM(Embed, own, last, width=32, calibrator_weight=0.0)
@@ -145,6 +151,7 @@ def auc(score: Tensor, label: Tensor) -> float:
 def train(
     name: str, data: tuple[Impressions, Impressions], seed: int, epochs: int
 ) -> dict[str, float]:
+    """Train a model and return its AUCs on the test."""
     torch.manual_seed(seed)
     learn, test = data
     model = MODELS[name]()
@@ -168,6 +175,7 @@ def train(
 
 
 def draw_picture(results: dict[str, list[dict[str, float]]], path: str) -> None:
+    """Draw the AUC of conversions of every seed, and the means."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
@@ -183,6 +191,7 @@ def draw_picture(results: dict[str, list[dict[str, float]]], path: str) -> None:
 
 
 def main() -> None:
+    """Train, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--impressions", type=int, default=150_000)
     parser.add_argument("--epochs", type=int, default=6)
