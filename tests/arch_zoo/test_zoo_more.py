@@ -14,7 +14,11 @@ from torch.utils import _pytree as pytree
 
 from arch_zoo import MultiTaskModel, PerTask, task_losses
 
+QUICK = ("ESMM", "PEPNet", "STEM", "sluice", "LoRA", "PADNet")
 each = pytest.mark.parametrize("name", MORE)
+some = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in MORE]
+)
 
 
 def loss(y: Tensor, target: object) -> Tensor:
@@ -110,7 +114,7 @@ def test_forward_leaves_nothing_but_norm_statistics(name: str) -> None:
         assert key.startswith(norms) or torch.equal(value, before[key]), key
 
 
-@each
+@some
 def test_loss_falls_and_what_is_frozen_stays(name: str) -> None:
     model, x, named = make(name)
     torch.manual_seed(0)
@@ -139,6 +143,7 @@ def test_loss_falls_and_what_is_frozen_stays(name: str) -> None:
         assert parameter.requires_grad or torch.equal(parameter, before[path])
 
 
+@pytest.mark.slow
 @each
 def test_exports_with_any_number_of_examples(name: str) -> None:
     model, x, named = make(name)

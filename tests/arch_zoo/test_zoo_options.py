@@ -314,7 +314,14 @@ def test_a_segnet_with_the_indices_of_its_pooling() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("case", [case for case in CASES if case.isidentifier()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case not in ("CrossStitch", "DSelectK")))
+        for case in CASES
+        if case.isidentifier()
+    ],
+)
 def test_graphs_take_any_number_of_examples(case: str) -> None:
     model, x, other = build(case, "vector").eval(), KIT.x(), KIT.x(7, seed=1)
     expected = model(other)

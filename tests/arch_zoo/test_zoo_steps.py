@@ -51,6 +51,7 @@ def test_a_step_finds_the_task_sets_of_the_model(name: str) -> None:
         assert parameter.requires_grad or torch.equal(parameter, before[n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_steps_on_every_backbone(architecture: str, name: str) -> None:
