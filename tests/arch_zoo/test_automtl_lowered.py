@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from arch_zoo import HPS, AutoMTL, MultiTaskModel
 
 each = pytest.mark.parametrize("name", SOME)
-norms = pytest.mark.parametrize("norm", ["shared", "task"])
-draws = pytest.mark.parametrize("seed", [3, 8])
+norms = pytest.mark.parametrize("norm", ["shared", pytest.param("task", marks=pytest.mark.slow)])
+draws = pytest.mark.parametrize("seed", [3, pytest.param(8, marks=pytest.mark.slow)])
 
 
 def sets_found(model: MultiTaskModel) -> dict[str, frozenset[str]]:

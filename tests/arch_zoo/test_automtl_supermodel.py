@@ -15,7 +15,7 @@ from arch_zoo.automtl import DepthWeighted, ExpectedCost
 from arch_zoo.automtl.operators import Operator, PerTask
 
 each = pytest.mark.parametrize("name", SOME)
-norms = pytest.mark.parametrize("norm", ["shared", "task"])
+norms = pytest.mark.parametrize("norm", ["shared", pytest.param("task", marks=pytest.mark.slow)])
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
