@@ -93,7 +93,7 @@ def add_branches(
     skip: str,
     copied: bool = True,
 ) -> fx.GraphModule:
-    """Return a network of input, choices of a task, and the task's name.
+    """Return a network of input, choices of a task, and the pass.
 
     Modules are named as the calls in the code. Copies are made all at once for each task, so that
     what is tied stays tied; without ``copied`` operators have none.
@@ -127,7 +127,7 @@ def _emit(traced: fx.Graph, parts: Mapping[str, nn.Module]) -> fx.GraphModule:
     graph.output(graph.graph_copy(traced, {}))
     first = next(iter(graph.nodes)).next
     with graph.inserting_before(first):
-        given = graph.placeholder("choices"), graph.placeholder("task")
+        given = graph.placeholder("choices"), graph.placeholder("given")
     names: dict[str, str] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):

@@ -1,9 +1,12 @@
 """Modules of which tasks have versions of their own."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from arch_zoo.inputs import call
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # batch and instance norms
 
@@ -11,6 +14,33 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # batch and instance norms
 def is_norm(module: object) -> bool:
     """Return whether it normalises, with parameters or statistics of its own."""
     return isinstance(module, NORMS)
+
+
+class Pass(NamedTuple):
+    """A pass through a network with branches.
+
+    Args:
+        task: Whose branches are taken.
+        named: Inputs of the batch by name, for operators whose ``forward`` names them.
+    """
+
+    task: str
+    named: Mapping[str, Any] = {}
+
+
+class Taking(nn.Module):
+    """A module that is handed the named inputs which it takes.
+
+    Args:
+        module: Any module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Any, named: Mapping[str, Any]) -> Any:
+        return call(self.module, x, named)
 
 
 class PerTask(nn.Module):
@@ -24,9 +54,9 @@ class PerTask(nn.Module):
         super().__init__()
         self.specific = nn.ModuleDict(specific)
 
-    def forward(self, x: Tensor, choices: Tensor, task: str) -> Tensor:
+    def forward(self, x: Tensor, choices: Tensor, given: Pass) -> Tensor:
         """Apply the copy of the task; there is no choice."""
-        y: Tensor = self.specific[task](x)
+        y: Tensor = self.specific[given.task](x)
         return y
 
     def taken(self, choices: Sequence[int], task: str) -> str:
@@ -69,19 +99,19 @@ class Operator(PerTask):
         self.shared = shared
         self.skips = nn.ModuleDict(skips)
 
-    def forward(self, x: Tensor, choices: Tensor, task: str) -> Tensor:
+    def forward(self, x: Tensor, choices: Tensor, given: Pass) -> Tensor:
         """Mix the branches of the task.
 
         Args:
             x: Input.
             choices: Probabilities of the branches of all operators, ``[operators, 3]``.
-            task: Whose branches.
+            given: Whose branches, and the named inputs.
         """
         shares = choices[self.index]
-        shared, *others = self.branches(task)
-        y: Tensor = shares[0] * shared(x)
+        shared, *others = self.branches(given.task)
+        y: Tensor = shares[0] * call(shared, x, given.named)
         for share, branch in zip(shares[1:], others, strict=True):
-            y = y if branch is None else y + share * branch(x)
+            y = y if branch is None else y + share * call(branch, x, given.named)
         return y
 
     def branches(self, task: str) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:

@@ -1,6 +1,6 @@
 """AutoMTL: every operator of a traced network, shared, copied or skipped by each task."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from arch_zoo.automtl.branching import Searchable, add_branches, find_operators, make_policy
 from arch_zoo.automtl.lowered import Lowered
 from arch_zoo.automtl.lowering import lower
-from arch_zoo.automtl.operators import PerTask
+from arch_zoo.automtl.operators import Operator, Pass, PerTask
 from arch_zoo.automtl.policy import Choices
 from arch_zoo.automtl.regularisers import DepthWeighted, Regulariser
 from arch_zoo.automtl.skips import SKIPS
 from arch_zoo.automtl.tracing import trace
 from arch_zoo.decoders import Decoder
-from arch_zoo.inputs import Inputs, takes
+from arch_zoo.inputs import Inputs
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 NORMS = ("shared", "task")
@@ -126,12 +126,11 @@ class AutoMTL(MultiTaskModel):
         Args:
             x: As in :class:`MultiTaskModel`.
             tasks: As there.
-            named: As there, for heads; operators are called with one input.
+            named: As there, for heads, and for operators whose ``forward`` names them.
             choices: Probabilities of the branches, ``[operators, 3]`` for every task; by default a
                 sample of the policy in training, whose regulariser is then returned, and its
                 likeliest branches in evaluation.
         """
-        self._check_named(named)
         if choices is not None:
             for name in self._asked(tasks, {"x": x, **named}):
                 self._batch("choices", choices, name)
@@ -184,20 +183,13 @@ class AutoMTL(MultiTaskModel):
         lowered = Lowered(lower(self.network, numbers), heads)
         return deepcopy(lowered).train(self.training)
 
-    def _check_named(self, named: Mapping[str, Inputs]) -> None:
-        """Raise if an operator takes a named input, which the traced network would lose."""
-        for operator in self.network.children() if named else ():
-            names = takes(getattr(operator, "shared", operator), first=False) or ()
-            if lost := [name for name in named if name in names]:
-                raise TypeError(
-                    f"AutoMTL: operators are called with one input, and `{lost[0]}` is named by "
-                    "the `forward` of one. Let the blocks hand it on within their features."
-                )
+    def receivers(self) -> Iterator[nn.Module]:
+        yield from (part.shared for part in self.network.children() if isinstance(part, Operator))
 
     def _encode(
         self, choices: Choices, tasks: tuple[str, ...], x: Tensor, **named: Inputs
     ) -> Features:
-        per_task = {name: self.network(x, choices[name], name) for name in tasks}
+        per_task = {name: self.network(x, choices[name], Pass(name, named)) for name in tasks}
         return Features(shared=(), per_task=per_task, aux={})
 
 

@@ -236,7 +236,6 @@ class Backbone:
     named: Callable[[int, int], dict[str, Any]] = field(default=lambda n, seed: {})
     layout: str | None = None
     gate: Gate = field(default_factory=Gate)
-    traces: bool = True  # AutoMTL can take it
 
 
 def sentences(n: int, seed: int) -> Tensor:
@@ -267,9 +266,7 @@ BACKBONES: dict[str, Backbone] = {
         lambda: stages(SwinTransformer()).parts, pictures, layout="NHWC", gate=Gate(layout="NHWC")
     ),
     "ViT": Backbone(lambda: stages(VisionTransformer()).parts, pictures, layout="NLC"),
-    "BERT": Backbone(
-        lambda: stages(BertModel()).parts, sentences, masks, layout="NLC", traces=False
-    ),
+    "BERT": Backbone(lambda: stages(BertModel()).parts, sentences, masks, layout="NLC"),
     "Conv1d": Backbone(
         conv1d,
         lambda n, seed: normal(n, 2, 20, seed=seed),
@@ -279,11 +276,8 @@ BACKBONES: dict[str, Backbone] = {
     "table": Backbone(
         lambda: [Embed(), perceptron(8, 8), perceptron(8, 8)],
         table,
-        traces=False,
     ),
-    "graphs": Backbone(
-        lambda: [GraphNet(), perceptron(8, 8), perceptron(8, 8)], graphs, traces=False
-    ),
+    "graphs": Backbone(lambda: [GraphNet(), perceptron(8, 8), perceptron(8, 8)], graphs),
 }
 
 Build = Callable[[Backbone, dict[str, nn.Module]], MultiTaskModel]
@@ -317,7 +311,7 @@ ARCHITECTURES: dict[str, Build] = {
     "Adapted": lambda b, heads: Adapted(list(b.stages()), heads, [film("2")]),
     "AutoMTL": lambda b, heads: AutoMTL(list(b.stages()), heads, b.x(2, 0)),
 }
-GAPS = {("AutoMTL", name) for name in ("BERT", "table", "graphs")}  # it traces one tensor
+GAPS = {("AutoMTL", name) for name in ("table", "graphs")}  # it traces one tensor
 
 
 def build(architecture: str, name: str, seed: int = 0) -> MultiTaskModel:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arch_zoo import HPS, AutoMTL
 from arch_zoo.automtl import DepthWeighted, ExpectedCost
-from arch_zoo.automtl.operators import Operator, PerTask
+from arch_zoo.automtl.operators import Operator, Pass, PerTask
 
 each = pytest.mark.parametrize("name", SOME)
 norms = pytest.mark.parametrize("norm", ["shared", pytest.param("task", marks=pytest.mark.slow)])
@@ -46,7 +46,7 @@ def test_branches_are_mixed_by_their_probabilities() -> None:
     for task in "abc":
         parts = operator.shared, operator.specific[task], operator.skips[task]
         expected = torch.stack([p * part(x) for p, part in zip(shares[0], parts, strict=True)])
-        torch.testing.assert_close(operator(x, shares, task), expected.sum(dim=0))
+        torch.testing.assert_close(operator(x, shares, Pass(task)), expected.sum(dim=0))
 
 
 @norms

@@ -1,6 +1,7 @@
 """Every architecture on the networks people have, and how these are cut."""
 
 import copy
+import pickle
 import re
 from typing import Any
 
@@ -258,15 +259,25 @@ def test_automtl_says_what_it_cannot_take() -> None:
     with pytest.raises(TypeError, match=r"^trace: `example` must be a tensor whose first axis"):
         build("AutoMTL", "table")
     heads = {task: Head(n, "NLC") for task, n in TASKS.items()}
-    features = torch.ones(2, 6, 8)
-    model = AutoMTL(BACKBONES["BERT"].stages()[1:], heads, features)
-    with pytest.raises(TypeError, match=r"^AutoMTL: operators are called with one input, and `att"):
-        model(features, **masks(2, 0))
     parts = BACKBONES["ViT"].stages()
     with pytest.raises(
         ValueError, match=r"^AutoMTL: `backbone` and `example_input` must hold numb"
     ):
         AutoMTL([copy.deepcopy(p).to("meta") for p in parts], heads, pictures(2, 0))
+
+
+def test_a_network_found_by_a_search_heeds_the_mask() -> None:
+    model, x, named = build("AutoMTL", "BERT").eval(), sentences(4, 0), masks(4, 0)
+    choices = {"a": torch.eye(3)[[0, 1, 0]], "b": torch.eye(3)[[0, 0, 2]]}
+    lowered = model.lower(choices)
+    expected = model.decode(model.encode(x, choices=choices, **named))
+    close(lowered(x, **named), expected)
+    close(lowered(x, ["a"], **named), {"a": expected["a"]})
+    other = x.clone()
+    other[named["attention_mask"] == 0] = 0
+    close(lowered(other, **named), expected)
+    assert not torch.allclose(lowered(x)["a"], expected["a"])
+    close(pickle.loads(pickle.dumps(lowered))(x, **named), expected)
 
 
 def test_automtl_searches_linear_layers_where_they_hold_the_network() -> None:
