@@ -1,4 +1,4 @@
-"""What a policy really shares: an operator that one task alone calls shared is a copy of its own."""
+"""What a policy really shares: an operator that one task alone calls shared is its own copy."""
 
 from collections.abc import Mapping, Sequence
 
