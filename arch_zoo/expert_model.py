@@ -10,6 +10,7 @@ from arch_zoo.encoders import Encoder, Factory, module_of
 from arch_zoo.experts import ExpertBank
 from arch_zoo.gates import Gate
 from arch_zoo.inputs import Inputs, call
+from arch_zoo.layout import width_of
 from arch_zoo.level import Level
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 from arch_zoo.tensors import leaves_of, views_of
@@ -65,6 +66,8 @@ class ExpertModel(MultiTaskModel):
             )
             for depth, (expert, n, own) in enumerate(zip(experts, shared, sizes, strict=True))
         )
+        below = [self.stem, *(_experts(level) for level in self._levels())]
+        self.widths = [None if part is None else width_of(part) for part in below]
         if gate.start == "even" and any(
             isinstance(bank, ExpertBank) and bank.starts_equal for bank in self.modules()
         ):
@@ -141,7 +144,8 @@ class ExpertModel(MultiTaskModel):
         for depth, level in enumerate(self.levels):
             following = self._needed(tasks, depth + 1)
             separate = depth > 0 and not self.shared_stream
-            streams, shared, experts, aux = level(streams, shared, following, read, named, separate)
+            look = partial(read, width=self.widths[depth])
+            streams, shared, experts, aux = level(streams, shared, following, look, named, separate)
         cut = [*experts] if last == 0 else []
         if last == 0 and self.stem is not None and (self._gates_follow or level.specific):
             cut.append(private)
@@ -223,6 +227,11 @@ def num_experts_of(owner: str, expert: Expert, num_experts: int | None) -> int:
         must = ">= 1" if held is None else f"{held}, as many as there are, or left out"
         raise ValueError(f"{owner}: `num_experts` must be {must}, got {num_experts!r}.")
     return n
+
+
+def _experts(level: Level) -> nn.Module:
+    """Return experts of a level, all of which have outputs alike."""
+    return level.specific if level.shared is None else level.shared
 
 
 class _Taker(nn.Module):

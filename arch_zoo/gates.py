@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arch_zoo.layout import Width, axis_of
 from arch_zoo.tensors import check_layout, pooled
 
 
@@ -21,8 +22,9 @@ class Gate:
             or of the dict of named inputs where a batch has no others.
         mask: Name of the input that says which positions ``"pool"`` counts, ``[batch, positions]``;
             without such an input, or with None here, all count.
-        layout: How the features lie that ``"pool"`` reads, such as ``"NHWC"``; by default
-            (batch, tokens, channels) for three axes and channels second for more.
+        layout: How the features lie that ``"pool"`` reads, such as ``"NHWC"``; by default derived
+            from the last layer below, and without one (batch, tokens, channels) for three axes and
+            channels second for more.
         start: ``"random"``, as a linear layer starts, or ``"even"``: equal weights for all experts.
             Experts that start equal, as pretrained ones do, stay equal under even gates.
         hidden: Widths of hidden layers, each followed by a ReLU.
@@ -67,7 +69,11 @@ class Gate:
         return (self.mask,) if self.mask is not None and self.input == "pool" else ()
 
     def read(
-        self, x: Any, gate_input: Tensor | None, named: Mapping[str, Any] | None = None
+        self,
+        x: Any,
+        gate_input: Tensor | None,
+        named: Mapping[str, Any] | None = None,
+        width: Width | None = None,
     ) -> Tensor:
         """Return what the gates see, shape ``[batch, width]``.
 
@@ -75,6 +81,7 @@ class Gate:
             x: Features, or the raw batch if there is no stem.
             gate_input: Of the call.
             named: Inputs of the call by name, which may hold the mask.
+            width: Of the last layer below, which tells where the channels are.
 
         Raises:
             ValueError: If ``gate_input`` is missing, or given to gates that read something else, or
@@ -94,7 +101,7 @@ class Gate:
                 "`stem` below, pass a function of the batch, or read 'given'."
             )
         elif self.input == "pool":
-            u = self._pooled(x, named or {})
+            u = self._pooled(x, named or {}, width)
         else:
             u = x.flatten(1)
         if not u.is_floating_point():
@@ -104,10 +111,11 @@ class Gate:
             )
         return u.detach() if self.detach_input else u
 
-    def _pooled(self, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    def _pooled(self, x: Tensor, named: Mapping[str, Any], width: Width | None) -> Tensor:
         mask = None if self.mask is None or x.ndim < 3 else named.get(self.mask)
+        axis = axis_of("Gate", "the features", x, self.layout, width)
         try:
-            return pooled(x, mask, self.layout)
+            return pooled(x, mask, axis=axis)
         except ValueError as error:
             raise ValueError(f"Gate: {error}") from None
 

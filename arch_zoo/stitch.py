@@ -157,7 +157,7 @@ class Reduction(nn.Module):
     def forward(self, streams: Tensor, axis: int) -> Tensor:
         """Reduce streams ``[batch, streams, ...]``, in one of which channels lie on this axis."""
         joined = streams.movedim(axis + 1, 2)
-        y = torch.einsum("dsc,bsc...->bd...", self.weight, joined)
+        y = torch.einsum("dsc,bsc...->bd...", self.weight, joined).contiguous()
         normed = self.norm(y.flatten(2) if y.ndim > 2 else y).reshape(y.shape)
         return channels_back(self.act(normed), axis)
 

@@ -50,7 +50,13 @@ def channels_back(x: Tensor, axis: int) -> Tensor:
     return x if axis == 1 or x.ndim == 2 else x.movedim(1, axis)
 
 
-def pooled(x: Tensor, mask: Tensor | None = None, layout: str | None = None) -> Tensor:
+def pooled(
+    x: Tensor,
+    mask: Tensor | None = None,
+    layout: str | None = None,
+    *,
+    axis: int | None = None,
+) -> Tensor:
     """Return the mean over all positions, shape ``[batch, channels]``; vectors stay as they are.
 
     Args:
@@ -58,6 +64,7 @@ def pooled(x: Tensor, mask: Tensor | None = None, layout: str | None = None) -> 
         mask: Which positions count, ``[batch, positions ...]``, not zero for those that do. An
             example without any has mean zero.
         layout: How features lie, as in :func:`channel_axis`.
+        axis: Where the channels are, if that is known better.
 
     Raises:
         ValueError: If the mask has not the shape of the positions.
@@ -68,7 +75,7 @@ def pooled(x: Tensor, mask: Tensor | None = None, layout: str | None = None) -> 
     """
     if x.ndim < 3:
         return x
-    x = channels_first(x, channel_axis(x.ndim, layout))
+    x = channels_first(x, channel_axis(x.ndim, layout) if axis is None else axis)
     if mask is None:
         return x.flatten(2).mean(2)
     positions = [x.shape[0], *x.shape[2:]]

@@ -21,7 +21,6 @@ from arch_zoo import (
     AutoMTL,
     CrossStitch,
     DSelectK,
-    Gate,
     LearningToBranch,
     MMoE,
     MultiTaskModel,
@@ -235,7 +234,6 @@ class Backbone:
     x: Callable[[int, int], Any]  # from the number of examples and a seed
     named: Callable[[int, int], dict[str, Any]] = field(default=lambda n, seed: {})
     layout: str | None = None
-    gate: Gate = field(default_factory=Gate)
 
 
 def sentences(n: int, seed: int) -> Tensor:
@@ -262,16 +260,13 @@ def conv1d() -> list[nn.Module]:
 
 BACKBONES: dict[str, Backbone] = {
     "ResNet": Backbone(lambda: stages(ResNet(), 3).parts, pictures, layout="NCHW"),
-    "Swin": Backbone(
-        lambda: stages(SwinTransformer()).parts, pictures, layout="NHWC", gate=Gate(layout="NHWC")
-    ),
+    "Swin": Backbone(lambda: stages(SwinTransformer()).parts, pictures, layout="NHWC"),
     "ViT": Backbone(lambda: stages(VisionTransformer()).parts, pictures, layout="NLC"),
     "BERT": Backbone(lambda: stages(BertModel()).parts, sentences, masks, layout="NLC"),
     "Conv1d": Backbone(
         conv1d,
         lambda n, seed: normal(n, 2, 20, seed=seed),
         layout="NCL",
-        gate=Gate(layout="NCL"),
     ),
     "table": Backbone(
         lambda: [Embed(), perceptron(8, 8), perceptron(8, 8)],
@@ -293,20 +288,15 @@ ARCHITECTURES: dict[str, Build] = {
     "NDDR": lambda b, heads: CrossStitch(b.stages, heads, mix="nddr"),
     "MTAN": lambda b, heads: MTAN(b.stages, heads),
     "LearningToBranch": lambda b, heads: LearningToBranch(b.stages, heads),
-    "MMoE": lambda b, heads: MMoE(above(b), heads, num_experts=2, stem=b.stages()[0], gate=b.gate),
-    "DSelectK": lambda b, heads: DSelectK(
-        above(b), heads, num_experts=3, k=2, stem=b.stages()[0], gate=b.gate
-    ),
-    "CGC": lambda b, heads: CGC(
-        above(b), heads, num_shared=1, num_specific=1, stem=b.stages()[0], gate=b.gate
-    ),
+    "MMoE": lambda b, heads: MMoE(above(b), heads, num_experts=2, stem=b.stages()[0]),
+    "DSelectK": lambda b, heads: DSelectK(above(b), heads, num_experts=3, k=2, stem=b.stages()[0]),
+    "CGC": lambda b, heads: CGC(above(b), heads, num_shared=1, num_specific=1, stem=b.stages()[0]),
     "PLE": lambda b, heads: PLE(
         [lambda: b.stages()[1], lambda: b.stages()[2]],
         heads,
         num_shared=1,
         num_specific=1,
         stem=b.stages()[0],
-        gate=b.gate,
     ),
     "Adapted": lambda b, heads: Adapted(list(b.stages()), heads, [film("2")]),
     "AutoMTL": lambda b, heads: AutoMTL(list(b.stages()), heads, b.x(2, 0)),

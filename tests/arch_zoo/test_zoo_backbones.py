@@ -223,6 +223,8 @@ def test_units_and_masks_find_the_channels(name: str) -> None:
             x = call(part, x, named)
             widths.append(x.shape[1 if x.ndim == 2 or backbone.layout in ("NCHW", "NCL") else -1])
     assert [unit.rows["a"].weight.shape[1] for unit in stitched.units.values()] == widths
+    gate = build("MMoE", name).levels[0].gates["a"]
+    assert gate.layers[0].in_features == widths[0]
     masks_of = build("MTAN", name).attention["a"]
     assert [m.excite.weight.shape[0] for m in list(masks_of)[:-1]] == widths
 
