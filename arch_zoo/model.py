@@ -79,12 +79,12 @@ class MultiTaskModel(nn.Module, ABC):
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the heads."""
-        return self.heads.tasks if isinstance(self.heads, Decoder) else tuple(self.heads)
+        return self.heads.tasks if isinstance(self.heads, Decoder) else tuple(self.heads.keys())
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Names of what the encoder computes: the tasks, unless a decoder asks for others."""
-        return self.heads.streams if isinstance(self.heads, Decoder) else tuple(self.heads)
+        return self.heads.streams if isinstance(self.heads, Decoder) else tuple(self.heads.keys())
 
     @abstractmethod
     def encode(

@@ -13,7 +13,7 @@ from time import process_time
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from arch_zoo import AutoMTL
 from arch_zoo.automtl import ExpectedCost, Temperature
@@ -24,11 +24,13 @@ from benchmarks import options as opts
 from benchmarks import scenes
 from benchmarks.automtl_report import ALONE, FOUND, RANDOM, page
 from gradbal import MTLOptimizer, rule_names
-from gradbal.compare import resume, training
-from gradbal.compare.problem import Examples, Problem
-from gradbal.compare.problems import two_digits
-from gradbal.demo.automtl import STAGES
-from gradbal.demo.contest import one_thread
+from gradbal.lab.demo.automtl import STAGES
+from gradbal.lab.problems import two_digits
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training import loop as training
+from gradbal.lab.training import resume
+from gradbal.lab.training.loop import one_thread
+from gradbal.lab.training.resume import Kept
 
 LR = 3e-3  # of Adam, the same for every method
 PRESET = replace(SMALL, posttrain=replace(SMALL.posttrain, steps=0))  # it is trained as the others
@@ -73,7 +75,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What came out.
 
     Args:
@@ -95,12 +97,6 @@ class Record:
     operations: int
     policy: dict[str, list[int]] = field(default_factory=dict)
     search_s: float = 0.0
-
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Record":
-        """Return a record from what JSON made of its fields."""
-        cell = {**fields["cell"], "against": tuple(fields["cell"]["against"])}
-        return cls(**{**fields, "cell": Cell(**cell)})
 
 
 Records = Mapping[Cell, Record]
@@ -152,11 +148,16 @@ def _searched(model: AutoMTL, data: Problem, cell: Cell) -> tuple[nn.Module, dic
     """Return the network that a search finds, as it is before training, and its policy."""
     train: Any = data.train  # in memory
     order = torch.randperm(len(train), generator=Generator().manual_seed(cell.seed))
-    weights, policy = (_part(train, half) for half in order.tensor_split(2))
+    weights, policy = (train.take(half) for half in order.tensor_split(2))
     loaders = {"train": train, "weights": weights, "policy": policy}
     found, record = search(
         model,
-        Data(**{k: partial(_batches, part, data.batch, cell.seed) for k, part in loaders.items()}),
+        Data(
+            **{
+                k: partial(training.epoch_of, part, data.batch, cell.seed)
+                for k, part in loaders.items()
+            }
+        ),
         {name: task.loss for name, task in data.tasks.items()},
         lambda model: 0.0,  # nothing is chosen by it
         lambda base: MTLOptimizer(base, cell.rule, seed=cell.seed, on_nonfinite="skip"),
@@ -165,14 +166,6 @@ def _searched(model: AutoMTL, data: Problem, cell: Cell) -> tuple[nn.Module, dic
         progress=False,
     )
     return found.train(), record.policy
-
-
-def _part(examples: Examples, index: Tensor) -> Examples:
-    return Examples(examples.x[index], {task: y[index] for task, y in examples.y.items()})
-
-
-def _batches(examples: Examples, size: int, seed: int, epoch: int) -> Any:
-    return examples.batches(size, Generator().manual_seed(1_000 * seed + epoch))
 
 
 def _random(model: AutoMTL, cell: Cell) -> tuple[nn.Module, dict[str, list[int]]]:

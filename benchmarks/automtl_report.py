@@ -7,16 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gradbal.compare.intervals import Interval, Paired
-from gradbal.compare.problem import Task
-from gradbal.compare.summary import delta_m
-from gradbal.compare.tables import made_by, markdown
-from gradbal.plots import MARKS, new_figure, tidy
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import MARKS, new_figure, tidy
+from gradbal.lab.compare.tables import made_by
+from gradbal.lab.training.intervals import Interval, Paired
+from gradbal.lab.training.loop import ALONE, Tasks
+from gradbal.lab.training.summary import main_delta_m, main_figures
 
-ALONE, FOUND, RANDOM = "alone", "AutoMTL", "random "
+FOUND, RANDOM = "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together
 ALIKE = 2  # how many more skips still count as alike
-Tasks = Mapping[str, Task]
 BySeed = dict[int, list[Any]]  # records, of all tasks or all random policies of a seed
 
 
@@ -63,12 +63,8 @@ class Results:
         return {s: fmean(map(value, records)) for s, records in self.found[method].items()}
 
     def _delta(self, record: Any) -> float:
-        chosen = {name: task.select for name, task in self.tasks.items()}
-        ours, theirs = (
-            {task: {figure: scores[task][figure]} for task, figure in chosen.items()}
-            for scores in (record.test, self.alone[record.cell.seed])
-        )
-        return delta_m(ours, theirs, {name: task.higher for name, task in self.tasks.items()})
+        alone = main_figures(self.alone[record.cell.seed], self.tasks)
+        return main_delta_m(main_figures(record.test, self.tasks), alone, self.tasks)
 
 
 def page(
@@ -129,7 +125,7 @@ def table(results: Results) -> str:
                 "" if method == FOUND else _shown(Paired.of(results.deltas(FOUND), deltas).less),
             ]
         )
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def verdict(results: Results) -> str:
@@ -186,7 +182,7 @@ def shares(results: Results) -> str:
                 [method, *(f"{100 * branches.count(i) / len(branches):.0f} %" for i in range(3))]
             )
     seconds = fmean(r.search_s for some in results.found[FOUND].values() for r in some)
-    return f"{markdown(lines)}\n\nA search took {seconds:.0f} s of processor time."
+    return f"{markdown_table(lines)}\n\nA search took {seconds:.0f} s of processor time."
 
 
 def draw(everything: Mapping[tuple[str, str], Results], path: Path) -> None:

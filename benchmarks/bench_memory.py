@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from benchmarks.contestants import EW, TOLERANCE, VECTOR, check, contestants, makers
 from benchmarks.models import Size, make_model, size_of
 from benchmarks.reports import DTYPES, draw, parse, parser_of, write
-from gradbal.bench.measure import peaks
-from gradbal.bench.report import SUMMED
+from gradbal.lab.bench.measure import peaks
+from gradbal.lab.bench.report import SUMMED
 
 TASKS = (2, 8, 16)
 EXPLANATION = f"""\

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from gradbal import aggregate, make_rule
-from gradbal.rule import Rule
+from gradbal._utils.tables import markdown_table
+from gradbal.rules._base import Rule
 
 Call = Callable[[Tensor], Tensor]  # task gradients [m, n] -> direction [n]
 
@@ -197,15 +198,15 @@ def table(found: Sequence[Cell]) -> str:
     """Write one line per rule: our microseconds, and how many times longer TorchJD takes."""
     sizes = list(dict.fromkeys((cell.m, cell.n) for cell in found))
     head = ["rule", *(f"{m} x {n}" for m, n in sizes), "residual, ours / theirs"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for name in dict.fromkeys(cell.rule for cell in found):
         row = {(cell.m, cell.n): cell for cell in found if cell.rule == name}
-        line = [f"`{name}`"]
+        line = [name]
         line += [f"{row[s].ours:.0f} ({row[s].ratio:.2f})" if s in row else "" for s in sizes]
         pairs = [cell.residual for cell in row.values() if cell.residual is not None]
         line.append(" / ".join(f"{max(side):.0e}" for side in zip(*pairs, strict=True)))
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines, code=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from statistics import median
 from benchmarks.contestants import EW, PEERS, TOLERANCE, VECTOR, check, contestants, makers
 from benchmarks.models import make_model, size_of
 from benchmarks.reports import DTYPES, draw, parse, parser_of, write
-from gradbal.bench.measure import Timing, in_turn
-from gradbal.bench.report import SUMMED
+from gradbal.lab.bench.measure import Timing, in_turn
+from gradbal.lab.bench.report import SUMMED
 
 TASKS = (2, 3, 8, 16)
 REPRESENTATION = "representation"

@@ -6,9 +6,10 @@ import torch
 from torch import Generator, Tensor
 
 from gradbal import make_rule
-from gradbal.registry import RULES
-from gradbal.rule import Context, GramRule, Weights
-from gradbal.state import state_like
+from gradbal._utils.tables import markdown_table
+from gradbal.rules._base import Context, GramRule, Weights
+from gradbal.rules._registry import RULES
+from gradbal.rules._state import state_like
 
 TASKS = (2, 3, 8, 16, 40, 128)
 DRAWS = 2
@@ -64,14 +65,14 @@ def error(rule: GramRule, m: int) -> float:
 
 def table() -> str:
     """Write one line per Gram rule."""
-    lines = [["rule", *map(str, TASKS)], ["---"] * (1 + len(TASKS))]
+    lines = [["rule", *map(str, TASKS)]]
     for name in sorted(RULES):
         rule = make_rule(name)
         least = 3 if name == "krum" else 1
         if isinstance(rule, GramRule):
             errors = [f"{error(rule, m):.0e}" if m >= least else "" for m in TASKS]
-            lines.append([f"`{name}`", *errors])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines.append([name, *errors])
+    return markdown_table(lines, code=True)
 
 
 if __name__ == "__main__":

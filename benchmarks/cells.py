@@ -1,22 +1,31 @@
 """One cell of the table: a model of one architecture, trained by one rule, and scored."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import process_time
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from arch_zoo import LearningToBranch, MultiTaskModel
-from benchmarks.problems import Problem, Split, Task, problem
+from benchmarks.problems import problem
 from gradbal import MTLOptimizer
-from gradbal.demo.architectures import PLAIN, build
-from gradbal.demo.contest import one_thread
+from gradbal.lab.problems.problem import Problem
+from gradbal.lab.training.loop import (
+    ALONE,
+    Tasks,
+    end_epoch,
+    epoch_of,
+    figures,
+    losses_of,
+    new_model,
+    one_thread,
+    tasks_of,
+)
+from gradbal.lab.training.resume import Kept
+from gradbal.lab.training.summary import main_figures
 
 LEARNING_RATE = 3e-3  # of Adam, the same for every cell
-ALONE = "alone"  # stands for the architecture where a task is trained by itself
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +34,7 @@ class Cell:
 
     Args:
         problem: One of ``problems.PROBLEMS``.
-        arch: One of ``gradbal.demo``'s, or ``ALONE``.
+        arch: One of ``gradbal.lab.models``'s, or ``ALONE``.
         rule: A registered rule; the task's name for a task alone.
         seed: Seed of the split, the weights at the start, the batches and the rule.
         epochs: Passes through the training examples.
@@ -42,7 +51,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What came out.
 
     Args:
@@ -64,12 +73,6 @@ class Record:
     loss_after: float
     unmoved: tuple[str, ...]
 
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Record":
-        """Return a record from what JSON made of its fields."""
-        unmoved = tuple(fields["unmoved"])
-        return cls(**{**fields, "cell": Cell(**fields["cell"]), "unmoved": unmoved})
-
     @property
     def complaint(self) -> str:
         """What is wrong with the training, or nothing."""
@@ -85,19 +88,16 @@ class Record:
 def train(cell: Cell) -> Record:
     """Train and score a cell, in one thread; leaves the global generator alone."""
     data = problem(cell.problem, cell.seed)
-    alone = cell.arch == ALONE
-    tasks = {cell.rule: data.tasks[cell.rule]} if alone else data.tasks
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(cell.seed)
-        heads = {name: data.head(name) for name in tasks}
-        model: Any = build(PLAIN if alone else cell.arch, data.stages, heads)
-        model.initialize(data.train.x[:2])
+        tasks = tasks_of(data, cell.arch, cell.rule)
+        model = new_model(data, cell.arch, tasks)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        losses, seconds = _fit(model, tasks, data, "ew" if alone else cell.rule, cell)
+        losses, seconds = _fit(model, tasks, data, cell)
     tenth = max(1, len(losses) // 10)
     return Record(
         cell,
-        scores(model, tasks, data.test),
+        main_figures(figures(model, tasks, data.test, len(data.test)), tasks),
         sum(p.numel() for p in start.values()),
         1e3 * median(seconds),
         fmean(losses[:tenth]),
@@ -106,39 +106,20 @@ def train(cell: Cell) -> Record:
     )
 
 
-def _fit(
-    model: MultiTaskModel, tasks: dict[str, Task], data: Problem, rule: str, cell: Cell
-) -> tuple[list[float], list[float]]:
+def _fit(model: Any, tasks: Tasks, data: Problem, cell: Cell) -> tuple[list[float], list[float]]:
     """Train; return the summed loss and the seconds of each step."""
     base = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    mtl_opt = MTLOptimizer(base, rule, seed=cell.seed)
+    mtl_opt = MTLOptimizer(base, "ew" if cell.arch == ALONE else cell.rule, seed=cell.seed)
     totals, seconds = [], []
     for epoch in range(cell.epochs):
-        for some in batches(data, cell.seed, epoch):
-            x, y = data.train.x[some], {name: data.train.y[name][some] for name in tasks}
+        for batch in epoch_of(data.train, data.batch, cell.seed, epoch):
             begin = process_time()
-            outputs, aux = model(x, return_aux=True)
-            losses = {name: task.loss(outputs[name], y[name]) for name, task in tasks.items()}
+            losses, aux = losses_of(model, tasks, batch)
             mtl_opt.step(losses, aux=aux)
             seconds.append(process_time() - begin)
             totals.append(float(sum(loss.item() for loss in losses.values())))
-        mtl_opt.end_epoch()
-        if isinstance(model, LearningToBranch):
-            model.tau.step()
+        end_epoch(mtl_opt, model)
     return totals, seconds
-
-
-def batches(data: Problem, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the positions of each batch of an epoch; the order depends on nothing else."""
-    generator = torch.Generator().manual_seed(1_000 * seed + epoch)
-    return iter(torch.split(torch.randperm(len(data.train.x), generator=generator), data.batch))
-
-
-@torch.no_grad()
-def scores(model: MultiTaskModel, tasks: dict[str, Task], test: Split) -> dict[str, float]:
-    """Return the score of each task."""
-    outputs = model.eval()(test.x)
-    return {name: task.score(outputs[name], test.y[name]) for name, task in tasks.items()}
 
 
 def cells_of(

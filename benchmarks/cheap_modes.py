@@ -22,16 +22,27 @@ from torch import Tensor
 from arch_zoo import HPS
 from benchmarks import options as opts
 from benchmarks import problems
-from benchmarks.cells import ALONE, batches, scores
 from benchmarks.frontier import EXACT, draw, frontier, table
-from benchmarks.mulan import mulan
-from benchmarks.problems import Problem, Task
 from benchmarks.tables import PACKAGES
 from gradbal import MTLOptimizer, engines, make_rule, rule_names
-from gradbal.compare import resume
-from gradbal.compare.tables import made_by
-from gradbal.demo.contest import one_thread
-from gradbal.rule import GramRule
+from gradbal.lab.compare.tables import made_by
+from gradbal.lab.models.architectures import PLAIN
+from gradbal.lab.problems import mulan
+from gradbal.lab.problems.problem import Batch, Problem
+from gradbal.lab.training import resume
+from gradbal.lab.training.loop import (
+    ALONE,
+    Tasks,
+    epoch_of,
+    figures,
+    further,
+    new_model,
+    one_thread,
+    tasks_of,
+)
+from gradbal.lab.training.resume import Kept
+from gradbal.lab.training.summary import main_figures
+from gradbal.rules._base import GramRule
 
 Problems = Mapping[str, Callable[..., Problem]]
 
@@ -46,6 +57,7 @@ MODES: dict[str, Callable[[HPS], dict[str, Any]]] = {
     "sketch 16": lambda model: {"engine": engines.Sketched(size=16)},
     "sketch 64": lambda model: {"engine": engines.Sketched(size=64)},
 }
+WIDTH = 512  # of the layers of an MLP
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 BLOCK, TWIN = 10, 3  # steps that are timed together, a multiple of every period; plain ones of them
 
@@ -77,7 +89,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What came out.
 
     Args:
@@ -92,44 +104,31 @@ class Record:
     loss: float
     time: float
 
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Record":
-        """Return a record from what JSON made of its fields."""
-        return cls(**{**fields, "cell": Cell(**fields["cell"])})
+
+# with networks whose passes take time
+DIGITS = partial(problems.digits, channels=64)
+TUMOURS = partial(problems.tumours, width=WIDTH)
 
 
-def digits(seed: int, validation: bool = False) -> Problem:
-    """Return the pictures of two digits, with a network whose passes take time."""
-    data = problems.digits(seed, validation)
-    return replace(data, stages=problems.cnn(32, 64, 64), width=64 * 2 * 4)
-
-
-def tumours(seed: int, validation: bool = False) -> Problem:
-    """Return the tumours, with a network whose passes take time."""
-    data = problems.tumours(seed, validation)
-    return replace(data, stages=problems.mlp(10, 512), width=512)
+def from_file(path: Path, targets: int, seed: int, validation: bool = False) -> Problem:
+    """Return the regression of a file, with a wide network and squared errors as figures."""
+    data = mulan.load(path, seed=seed, targets=targets, validation=validation, width=WIDTH)
+    return replace(data, tasks=dict.fromkeys(data.tasks, problems.NUMBER))
 
 
 def train(known: Problems, cell: Cell) -> Record:
     """Train and score a cell, in one thread; leaves the global generator alone."""
-    data = known[cell.problem](cell.seed, cell.validation)
-    alone = cell.mode == ALONE
-    tasks = {cell.rule: data.tasks[cell.rule]} if alone else data.tasks
+    data = known[cell.problem](seed=cell.seed, validation=cell.validation)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(cell.seed)
-        model = HPS(data.stages, {name: data.head(name) for name in tasks})
+        tasks = tasks_of(data, cell.mode, cell.rule)
+        model = new_model(data, PLAIN, tasks)
         time = _fit(model, tasks, data, cell)
+    held = data.validation if cell.validation else data.test
+    scores = main_figures(figures(model, tasks, held, len(held)), tasks)
     with torch.no_grad():
-        loss = total(losses_of(model.eval(), tasks, data.test)).item()
-    return Record(cell, scores(model, tasks, data.test), loss, time)
-
-
-def losses_of(
-    model: HPS, tasks: Mapping[str, Task], examples: problems.Split, some: Any = slice(None)
-) -> dict[str, Tensor]:
-    """Return the loss of each task on some of the examples."""
-    outputs = model(examples.x[some])
-    return {name: task.loss(outputs[name], examples.y[name][some]) for name, task in tasks.items()}
+        loss = total(further(model.eval(), tasks, next(held.batches(len(held))))).item()
+    return Record(cell, scores, loss, time)
 
 
 def total(losses: Mapping[str, Tensor]) -> Tensor:
@@ -137,7 +136,7 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([*losses.values()]).sum()
 
 
-def _fit(model: HPS, tasks: Mapping[str, Task], data: Problem, cell: Cell) -> float:
+def _fit(model: HPS, tasks: Tasks, data: Problem, cell: Cell) -> float:
     """Train; return the time of a step, of which a twin takes some plain ones in between."""
     adam = partial(torch.optim.Adam, lr=cell.lr)
     twin = deepcopy(model)
@@ -145,31 +144,33 @@ def _fit(model: HPS, tasks: Mapping[str, Task], data: Problem, cell: Cell) -> fl
     rule, options = ("ew", {}) if cell.mode == ALONE else (cell.rule, MODES[cell.mode](model))
     mtl_opt = MTLOptimizer(adam(model.parameters()), rule, seed=cell.seed, **options)
 
-    def step(some: Tensor) -> None:
-        mtl_opt.step(losses_of(model, tasks, data.train, some))
+    def step(batch: Batch) -> None:
+        mtl_opt.step(further(model, tasks, batch))
 
-    def plain_step(some: Tensor) -> None:
+    def plain_step(batch: Batch) -> None:
         plain.zero_grad()
-        total(losses_of(twin, tasks, data.train, some)).backward()
+        total(further(twin, tasks, batch)).backward()
         plain.step()
 
     ratios = []
     feed = islice(_full_batches(data, cell.seed), cell.steps)
     while block := list(islice(feed, BLOCK)):
-        seconds = fmean([_timed(step, some) for some in block])
-        ratios.append(seconds / fmean([_timed(plain_step, some) for some in block[:TWIN]]))
+        seconds = fmean([_timed(step, batch) for batch in block])
+        ratios.append(seconds / fmean([_timed(plain_step, batch) for batch in block[:TWIN]]))
     return median(ratios)
 
 
-def _full_batches(data: Problem, seed: int) -> Iterator[Tensor]:
+def _full_batches(data: Problem, seed: int) -> Iterator[Batch]:
     """Yield batches without end, without the shorter last one of an epoch."""
     for epoch in count():
-        yield from (some for some in batches(data, seed, epoch) if len(some) == data.batch)
+        for batch in epoch_of(data.train, data.batch, seed, epoch):
+            if len(batch.inputs) == data.batch:
+                yield batch
 
 
-def _timed(step: Callable[[Tensor], None], some: Tensor) -> float:
+def _timed(step: Callable[[Batch], None], batch: Batch) -> float:
     begin = process_time()
-    step(some)
+    step(batch)
     return process_time() - begin
 
 
@@ -198,7 +199,7 @@ def cells_of(
     cells = []
     for seed in options.seeds:
         for name, make in known.items():
-            pairs = [(task, ALONE) for task in make(seed).tasks] + [("ew", EXACT)]
+            pairs = [(task, ALONE) for task in make(seed=seed).tasks] + [("ew", EXACT)]
             pairs += [(rule, mode) for rule in options.rules for mode in options.modes]
             cells += [Cell(name, *pair, seed, options.steps, rates[name]) for pair in pairs]
     return cells
@@ -211,7 +212,7 @@ def render(
     parts = [f"# Cheap modes\n\n{made_by(command, *PACKAGES)}\n\n{explanation(options)}"]
     for name, make in known.items():
         some = [record for cell, record in records.items() if cell.problem == name]
-        tasks = make(options.seeds[0]).tasks
+        tasks = make(seed=options.seeds[0]).tasks
         frontiers = {rule: frontier(rule, some, tasks) for rule in options.rules}
         picture = options.out.with_name(f"{options.out.stem}_{name}.png")
         title = f"{name}, {len(tasks)} tasks, learning rate {some[0].cell.lr:g}"
@@ -239,12 +240,12 @@ that of pairs with the same seed; differences are bold where it leaves out zero.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return 1 if a cell failed."""
     options = parse(arguments)
-    known: Problems = {"digits": digits, "tumours": tumours}
+    known: Problems = {"digits": DIGITS, "tumours": TUMOURS}
     given = list(sys.argv[1:] if arguments is None else arguments)
     if options.mulan:
         known = {
-            "digits": digits,
-            options.mulan.stem: partial(mulan, options.mulan, options.targets),
+            "digits": DIGITS,
+            options.mulan.stem: partial(from_file, options.mulan, options.targets),
         }
         given = [text.replace(str(options.mulan), options.mulan.name) for text in given]
     run = partial(
@@ -280,9 +281,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--mulan and --targets need each other")
     if options.mulan:
         try:
-            mulan(options.mulan, options.targets, options.seeds[0], validation=True)
+            data = from_file(options.mulan, options.targets, options.seeds[0], validation=True)
         except ValueError as error:
             parser.error(str(error))
+        if len(data.train) < data.batch:
+            name = options.mulan.name
+            parser.error(f"{name}: {len(data.train)} rows for training; a batch needs {data.batch}")
     return options
 
 

@@ -14,8 +14,8 @@ from benchmarks import options as opts
 from benchmarks.cells import Cell, Record, cells_of, train
 from benchmarks.problems import PROBLEMS
 from benchmarks.tables import heading, render
-from gradbal.compare import resume
-from gradbal.demo.architectures import ARCHITECTURES
+from gradbal.lab.models.architectures import ARCHITECTURES
+from gradbal.lab.training import resume
 
 RULES = (
     *("ew", "uw", "gradnorm", "mgda", "dwa", "gls", "graddrop", "pcgrad", "gradvac", "imtl"),
@@ -26,7 +26,7 @@ RULES = (
 def run(
     cells: Sequence[Cell], path: Path, *, jobs: int = 1, quiet: bool = False
 ) -> tuple[dict[Cell, Record], dict[Cell, str]]:
-    """Train the cells that a file does not hold yet, as :func:`gradbal.compare.resume.run` does.
+    """Train the cells that a file does not hold yet, as ``gradbal.lab.training.resume.run`` does.
 
     Returns:
         What came out, earlier runs included, and for every cell that failed the reason.

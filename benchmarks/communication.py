@@ -29,7 +29,7 @@ from benchmarks.spread import (
     ready,
     return_freed_memory,
 )
-from gradbal.cli import markdown_table
+from gradbal._utils.tables import markdown_table
 
 EXPLANATION = """\
 Every process has a batch of its own, and holds a copy of the model (DDP) or a part of it (FSDP2,
@@ -87,7 +87,7 @@ def page(found: Mapping[str, Any], cells: Sequence[Cell]) -> str:
         "collective operation counts, whoever calls it, as the fewest bytes that an algorithm can "
         "do with: (W - 1) / W of what is gathered or scattered, twice that of a sum that all get. "
         "Beyond the formula there are agreements of some hundred bytes and what makes parts equal.",
-        markdown_table(sent),
+        markdown_table(sent, code=True),
     ]
     if many:
         last = many[-1]
@@ -95,19 +95,19 @@ def page(found: Mapping[str, Any], cells: Sequence[Cell]) -> str:
             "## By kind",
             f"Bytes, and in how many operations: {last.model}, {last.n_processes} "
             f"processes, {last.n_tasks} tasks.",
-            markdown_table(by_kind(last)),
+            markdown_table(by_kind(last), code=True),
         ]
     parts += [
         "## Time",
         "Milliseconds of a step of the summed loss under DDP, then how many times as long the "
         "others take with as many processes: medians of steps in turn. More processes than cores "
         "take turns on them, and all talk through this machine's memory: read the ratios.",
-        markdown_table(time),
+        markdown_table(time, code=True),
         "## Memory",
         "Most memory that one process has in a step, gloo's buffers included, beyond what it had "
         "before the model was made, in n: for the summed loss under DDP in all, for the others "
         "more or less than that.",
-        markdown_table(held),
+        markdown_table(held, code=True),
     ]
     return "\n\n".join(parts) + "\n"
 

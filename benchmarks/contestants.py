@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.models import SharedTrunk
 from gradbal import aggregate
-from gradbal.bench.measure import Step, complaint
-from gradbal.bench.report import INEXACT, SUMMED
-from gradbal.bench.steps import balanced_step, summed_step
+from gradbal.lab.bench.measure import Step, complaint
+from gradbal.lab.bench.report import INEXACT, SUMMED
+from gradbal.lab.bench.steps import balanced_step, summed_step
 
 Build = Callable[[SharedTrunk], Step]
 

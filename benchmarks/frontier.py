@@ -5,12 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.cells import ALONE
-from benchmarks.problems import Task
-from benchmarks.tables import delta_m
-from gradbal.compare.intervals import Interval
-from gradbal.compare.tables import markdown
-from gradbal.plots import new_figure, tidy
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import new_figure, tidy
+from gradbal.lab.training.intervals import Interval
+from gradbal.lab.training.loop import ALONE, Tasks
+from gradbal.lab.training.summary import main_delta_m
 
 EXACT, PLAIN = "exact", "plain sum"
 
@@ -31,7 +30,7 @@ class Point(NamedTuple):
     less: Interval | None
 
 
-def frontier(rule: str, records: Iterable[Any], tasks: Mapping[str, Task]) -> list[Point]:
+def frontier(rule: str, records: Iterable[Any], tasks: Tasks) -> list[Point]:
     """Summarise one rule on one problem; modes with fewer than two seeds are left out.
 
     Args:
@@ -50,7 +49,7 @@ def frontier(rule: str, records: Iterable[Any], tasks: Mapping[str, Task]) -> li
             found.setdefault(mode, {})[cell.seed] = record
     whole = {seed: scores for seed, scores in alone.items() if scores.keys() == tasks.keys()}
     deltas = {
-        mode: {s: delta_m(r.scores, whole[s], tasks) for s, r in some.items() if s in whole}
+        mode: {s: main_delta_m(r.scores, whole[s], tasks) for s, r in some.items() if s in whole}
         for mode, some in found.items()
     }
     exact = deltas.get(EXACT, {})
@@ -70,7 +69,7 @@ def table(rule: str, points: Sequence[Point]) -> str:
     for mode, time, delta, less in points:
         shown = "" if less is None else f"**{less}**" if less.clear else str(less)
         lines.append([mode, f"{time:.2f}", str(delta), shown])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def draw(frontiers: Mapping[str, Sequence[Point]], title: str, path: Path) -> None:

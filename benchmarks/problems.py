@@ -1,139 +1,101 @@
 """Two multi-task problems from the data that scikit-learn brings along; nothing is downloaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-Factory = Callable[[], nn.Module]
-Stages = tuple[Factory, Factory, Factory]
+from gradbal.lab.models.encoders import Factory, Stages, mlp
+from gradbal.lab.problems.losses import cross_entropy, squared_error
+from gradbal.lab.problems.metrics import Accuracy, SquaredError
+from gradbal.lab.problems.problem import Examples, Problem, Task
+from gradbal.lab.problems.splitting import shuffled
 
-
-@dataclass(frozen=True)
-class Task:
-    """What one head learns: a class by cross-entropy, or a standardised number by squared error.
-
-    Args:
-        classes: Number of classes; 0 for a number.
-    """
-
-    classes: int = 0
-
-    @property
-    def higher(self) -> bool:
-        """Whether a higher score is better."""
-        return self.classes > 0
-
-    @property
-    def metric(self) -> str:
-        return "accuracy" if self.classes else "MSE"
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.classes:
-            return functional.cross_entropy(output, target)
-        return functional.mse_loss(output.squeeze(-1), target)
-
-    def score(self, output: Tensor, target: Tensor) -> float:
-        if self.classes:
-            return float((output.argmax(-1) == target).double().mean())
-        return float(functional.mse_loss(output.squeeze(-1), target))
+CLASS = Task(cross_entropy, Accuracy, "accuracy")
+NUMBER = Task(squared_error, SquaredError, "mse")
 
 
-@dataclass(frozen=True)
-class Split:
-    """Inputs, shape ``[n, ...]``, and targets by task, shape ``[n]`` each."""
-
-    x: Tensor
-    y: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A problem, and the parts from which models of it are made.
-
-    Args:
-        tasks: What is learned, by name.
-        train: Examples to learn from.
-        test: Examples to score on; nothing is chosen by them, unless they are for validation.
-        batch: Examples per step.
-        stages: Factories of the encoder's three stages.
-        width: Numbers that a head reads.
-    """
-
-    tasks: dict[str, Task]
-    train: Split
-    test: Split
-    batch: int
-    stages: Stages
-    width: int
-
-    def head(self, task: str) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(self.width, self.tasks[task].classes or 1))
-
-
-def digits(seed: int, validation: bool = False) -> Problem:
+def digits(seed: int, validation: bool = False, channels: int = 16) -> Problem:
     """Make pictures of two overlapping digits; read the left one, the right one and their sum.
 
     A canvas of 8 x 13 pixels holds two of scikit-learn's 8 x 8 digits, the right one 5 pixels
-    further right; the brighter pixel wins. Pictures for testing are made of digits that occur in no
-    picture for training. The sum is standardised by the mean and deviation of training.
+    further right; the brighter pixel wins. No digit occurs in two splits. The sum is standardised
+    by the mean and deviation of training.
+
+    Args:
+        seed: Of the split and of the pairs.
+        validation: Make pictures for validation of a quarter of the digits for training.
+        channels: Of the second and third convolution; the first has half as many.
     """
     data = load_digits()
     draw = np.random.default_rng(seed)
-    parts = divide(draw.permutation(len(data.images)), 1200, validation)
-    train, test = (
-        _pairs(data.images[some] / 16, data.target[some], n, draw)
-        for some, n in zip(parts, (1500, 600), strict=True)
+    order = draw.permutation(len(data.images))
+    train, chosen, test = (
+        _pairs(data.images[some] / 16, data.target[some], n if len(some) else 0, draw)
+        for some, n in zip(np.split(order, _cuts(1200, validation)), (1500, 600, 600), strict=True)
     )
     known = (train.y["left"] + train.y["right"]).double()
-    for split in (train, test):
+    for split in (train, chosen, test):
         total = split.y["left"] + split.y["right"]
         split.y["sum"] = (total - known.mean()).div(known.std()).float()
     return Problem(
-        {"left": Task(10), "right": Task(10), "sum": Task()},
-        train,
-        test,
+        name="digits",
+        tasks={"left": CLASS, "right": CLASS, "sum": NUMBER},
+        train=train,
+        validation=chosen,
+        test=test,
+        stages=cnn(channels // 2, channels, channels),
+        heads={t: _head(channels * 2 * 4, n) for t, n in (("left", 10), ("right", 10), ("sum", 1))},
         batch=64,
-        stages=cnn(8, 16, 16),
-        width=16 * 2 * 4,
     )
 
 
-def tumours(seed: int, validation: bool = False) -> Problem:
+def tumours(seed: int, validation: bool = False, width: int = 32) -> Problem:
     """Predict a diagnosis and three extremes of a tumour's cell nuclei from their mean features.
 
     Of the 30 columns of the breast cancer data the inputs are the ten means over the nuclei in a
     picture. Tasks are the diagnosis and three of the columns called "worst", the mean of the three
     largest nuclei: texture, smoothness, symmetry. They come from the same pictures, so the inputs
     say much about them but do not determine them. A quarter of the patients is for testing; inputs
-    and numbers are standardised by the mean and deviation of the others.
+    and numbers are standardised by the mean and deviation of those for training.
+
+    Args:
+        seed: Of the split.
+        validation: Keep a quarter of the others for validation.
+        width: Of the three layers.
     """
     data = load_breast_cancer()
     names = list(data.feature_names)
-    order = np.random.default_rng(seed).permutation(len(data.data))
-    parts = divide(order, len(order) * 3 // 4, validation)
-    known = data.data[parts[0]]
+    parts = shuffled(len(data.data), seed, *_cuts(len(data.data) * 3 // 4, validation))
+    known = data.data[parts[0].numpy()]
     columns = torch.tensor((data.data - known.mean(0)) / known.std(0), dtype=torch.float32)
     targets = {
         "diagnosis": torch.tensor(data.target),
         **{t: columns[:, names.index(f"worst {t}")] for t in ("texture", "smoothness", "symmetry")},
     }
-    train, test = (
-        Split(columns[some, :10], {task: y[some] for task, y in targets.items()}) for some in parts
-    )
+    train, chosen, test = map(Examples(columns[:, :10], targets).take, parts)
     return Problem(
-        {"diagnosis": Task(2), "texture": Task(), "smoothness": Task(), "symmetry": Task()},
-        train,
-        test,
+        name="tumours",
+        tasks={t: CLASS if t == "diagnosis" else NUMBER for t in targets},
+        train=train,
+        validation=chosen,
+        test=test,
+        stages=mlp(10, width, width, width),
+        heads={t: _head(width, 2 if t == "diagnosis" else 1) for t in targets},
         batch=16,
-        stages=mlp(10, 32),
-        width=32,
     )
+
+
+def _cuts(n_known: int, validation: bool) -> tuple[int, int]:
+    """Return where validation and test begin."""
+    return n_known * 3 // 4 if validation else n_known, n_known
+
+
+def _head(inputs: int, outputs: int) -> Factory:
+    return lambda: nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
 
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {"digits": digits, "tumours": tumours}
@@ -141,30 +103,8 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {"digits": digits, "tumours": tumo
 
 @lru_cache
 def problem(name: str, seed: int) -> Problem:
-    """Return a problem, split into training and test examples by the seed."""
+    """Return a problem, split by the seed."""
     return PROBLEMS[name](seed)
-
-
-def divide(order: np.ndarray, n_known: int, validation: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Divide examples into those to learn from and those to score on.
-
-    Args:
-        order: All examples, shuffled.
-        n_known: How many are for training.
-        validation: Put those for testing aside, and score on the last quarter of the others.
-    """
-    if validation:
-        order, n_known = order[:n_known], n_known * 3 // 4
-    return order[:n_known], order[n_known:]
-
-
-def mlp(n_inputs: int, width: int) -> Stages:
-    """Return the three stages of an encoder of vectors."""
-    return (
-        lambda: nn.Sequential(nn.Linear(n_inputs, width), nn.ReLU()),
-        lambda: nn.Sequential(nn.Linear(width, width), nn.ReLU()),
-        lambda: nn.Sequential(nn.Linear(width, width), nn.ReLU()),
-    )
 
 
 def cnn(first: int, second: int, third: int) -> Stages:
@@ -176,11 +116,11 @@ def cnn(first: int, second: int, third: int) -> Stages:
     )
 
 
-def _pairs(images: np.ndarray, labels: np.ndarray, n: int, draw: np.random.Generator) -> Split:
+def _pairs(images: np.ndarray, labels: np.ndarray, n: int, draw: np.random.Generator) -> Examples:
     """Draw pictures of two digits."""
-    left, right = draw.integers(len(images), size=(2, n))
+    left, right = draw.integers(max(len(images), 1), size=(2, n))
     canvas = np.zeros((n, 1, 8, 13))
     canvas[:, 0, :, :8] = images[left]
     canvas[:, 0, :, 5:] = np.maximum(canvas[:, 0, :, 5:], images[right])
     y = {"left": torch.tensor(labels[left]), "right": torch.tensor(labels[right])}
-    return Split(torch.tensor(canvas, dtype=torch.float32), y)
+    return Examples(torch.tensor(canvas, dtype=torch.float32), y)

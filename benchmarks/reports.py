@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.models import MODELS
-from gradbal.cli import markdown_table
-from gradbal.engines import PRESETS
-from gradbal.plots import DASHES, MARKS
+from gradbal._utils.tables import markdown_table
+from gradbal.diagnostics.plots import DASHES, MARKS, new_figure, tidy
+from gradbal.jacobian.engines import PRESETS
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Curve = Sequence[tuple[float, float]]
@@ -119,7 +119,8 @@ def write(
     """
     found = facts(given)
     remarks = "\n".join(f"- {note}" for note in notes)
-    page = f"{heading(title, found)}\n\n{explanation}\n\n{markdown_table(rows)}\n\n{remarks}\n"
+    table = markdown_table(rows, code=True)
+    page = f"{heading(title, found)}\n\n{explanation}\n\n{table}\n\n{remarks}\n"
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(page)
     record = {**found, "cells": cells}
@@ -137,13 +138,10 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], columns: int, y_
         y_label: What the curves show.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     rows = len(panels) // columns
-    figure = Figure(figsize=(1 + 3.6 * columns, 1 + 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1 + 3.6 * columns, 1 + 3.2 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     styles = dict(zip(names, zip(cycle(DASHES), cycle(MARKS), strict=False), strict=False))
@@ -160,8 +158,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], columns: int, y_
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(visible=True, color="0.93")
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
     for axis in axes[-columns:]:
         axis.set_xlabel("tasks")
     figure.supylabel(y_label)

@@ -12,9 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor, nn
 
-from gradbal.compare.losses import absolute_error, cross_entropy
-from gradbal.compare.metrics import Depth, Segmentation
-from gradbal.compare.problem import Examples, Problem, Task
+from gradbal.lab.problems.losses import absolute_error, cross_entropy
+from gradbal.lab.problems.metrics import Depth, Segmentation
+from gradbal.lab.problems.problem import Examples, Problem, Task
 
 SIDE = 24  # pixels
 SHAPES = 3  # disc, square, triangle; class 0 is what they stand on

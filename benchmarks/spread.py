@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import SharedTrunk, Size, make_model
 from gradbal import MTLOptimizer
-from gradbal.bench.measure import Step
-from gradbal.bench.report import SUMMED
-from gradbal.bench.steps import summed_step
-from gradbal.distributed.link import Link
+from gradbal.distributed.collectives import Link
+from gradbal.lab.bench.measure import Step
+from gradbal.lab.bench.report import SUMMED
+from gradbal.lab.bench.steps import summed_step
 
 FindLink = Callable[[], Link | None]
 

@@ -4,30 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 
 from benchmarks.cells import ALONE, Cell, Record
-from benchmarks.problems import Task, problem
-from gradbal.compare.tables import Line, made_by, markdown
-from gradbal.demo import report
+from benchmarks.problems import problem
+from gradbal._utils.tables import markdown_table
+from gradbal.lab.compare.tables import Line, made_by
+from gradbal.lab.training.summary import main_delta_m
 
 Records = Mapping[Cell, Record]
 PACKAGES = ("torch", "scikit-learn")
-
-
-def delta_m(
-    scores: Mapping[str, float], alone: Mapping[str, float], tasks: Mapping[str, Task]
-) -> float:
-    """Return the mean change for the worse against each task alone, in percent.
-
-    Args:
-        scores: Scores by task.
-        alone: Scores of models that were trained for one task only.
-        tasks: The tasks, which know whether a higher score is better.
-
-    Example:
-        >>> delta_m({"a": 0.72, "b": 2.2}, {"a": 0.8, "b": 2.0}, {"a": Task(2), "b": Task()})
-        10.0
-    """
-    higher = {name: task.higher for name, task in tasks.items()}
-    return round(report.delta_m(scores, {name: alone[name] for name in tasks}, higher), 10)
 
 
 def heading(command: str) -> str:
@@ -61,9 +44,9 @@ def render(cells: Sequence[Cell], records: Records, *, timed: bool = True) -> st
         parts += [
             f"## {name}",
             "Delta_m by rule and architecture:",
-            markdown(table.matrix()),
+            markdown_table(table.matrix()),
             "All cells:",
-            markdown(table.lines(timed)),
+            markdown_table(table.lines(timed)),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -87,7 +70,7 @@ class Table:
 
     def lines(self, timed: bool) -> list[Line]:
         """Return a line for the tasks alone and one for every rule and architecture."""
-        metrics = [f"{name} {task.metric}" for name, task in self.tasks.items()]
+        metrics = [f"{name} {task.select}" for name, task in self.tasks.items()]
         lines: list[Line] = [
             ["architecture", "rule", *metrics, "Delta_m %", "parameters"]
             + ["step CPU ms"] * timed
@@ -138,7 +121,7 @@ class Table:
 
     def _deltas(self, pooled: Iterable[Record]) -> list[float]:
         return [
-            delta_m(record.scores, self.alone[record.cell.seed], self.tasks)
+            main_delta_m(record.scores, self.alone[record.cell.seed], self.tasks)
             for record in pooled
             if self.alone.get(record.cell.seed, {}).keys() == self.tasks.keys()
         ]

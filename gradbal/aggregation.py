@@ -1,5 +1,6 @@
 """A rule on a given Jacobian, without model or optimizer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -7,25 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradbal.gram import (
-    by_batch,
-    combine,
-    combine_tiny,
-    outside_autocast,
-    total_gram,
-    total_vector,
-)
-from gradbal.jacobians import (
-    WIDE,
-    check_arguments,
-    check_finite,
-    check_rows,
-    check_width,
-    host_gram,
-)
-from gradbal.learner import advance
-from gradbal.registry import make_rule
-from gradbal.rule import (
+from gradbal._utils import checks
+from gradbal.rules._base import (
     Context,
     Direction,
     GradientRule,
@@ -36,10 +20,26 @@ from gradbal.rule import (
     WeightRule,
     Weights,
 )
-from gradbal.state import state_like
+from gradbal.rules._learned import advance
+from gradbal.rules._names import RuleName
+from gradbal.rules._registry import make_rule
+from gradbal.rules._state import state_like
+from gradbal.solvers.gram import (
+    TINY,
+    by_batch,
+    combine,
+    combine_tiny,
+    gram_matrix,
+    needs_scaling,
+    outside_autocast,
+    total_gram,
+    total_vector,
+)
 
 Elsewhere = Callable[[Tensor], tuple[Tensor, Tensor]]  # displacement [n] -> losses [m], rows [m, n]
 
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _KINDS}  # to sum in
 LEARNED_LR = 1e-3  # for rules that would take the model's learning rate
 
 
@@ -63,7 +63,7 @@ class Aggregation(NamedTuple):
 @outside_autocast
 def aggregate(
     jacobian: Tensor,
-    rule: str | Rule = "upgrad",
+    rule: RuleName | str | Rule = "upgrad",
     *,
     losses: Tensor | Sequence[float] | None = None,
     more: Sequence[Tensor | Elsewhere] = (),
@@ -234,3 +234,87 @@ _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host
 _START = torch.zeros((), dtype=torch.int64)  # no epoch ends here
 _PLAIN = (torch.float32, torch.float64)
 _EPS = {dtype: torch.finfo(kind).eps for dtype, kind in WIDE.items()}
+
+
+def check_arguments(
+    jacobian: Tensor, rule: Rule, losses: Any, more: Sequence[object]
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments; return Jacobian and losses, shape ``[m]``, float64, without graph."""
+    if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
+        kind = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
+        raise TypeError(f"aggregate: `jacobian` must be a floating-point tensor, got {kind}.")
+    if jacobian.ndim != 2 or not jacobian.numel():
+        raise ValueError(
+            "aggregate: `jacobian` must have shape [m, n], one row per task, "
+            f"got {list(jacobian.shape)}."
+        )
+    if more or rule.batches[0] > 1:
+        checks.batches(
+            "aggregate", rule, rule.batches, len(more) + 1, "`more` holds the further ones"
+        )
+    for rows in more:
+        if isinstance(rows, Tensor) and rows.shape != jacobian.shape:
+            raise ValueError(
+                f"aggregate: every Jacobian in `more` must have shape {list(jacobian.shape)}, "
+                f"got {list(rows.shape)}."
+            )
+    if losses is None:
+        if rule.needs_losses:
+            raise ValueError(
+                f"aggregate: {type(rule).__name__} looks at the losses; pass `losses=`, one per "
+                "row."
+            )
+        return jacobian.detach(), jacobian.new_ones(jacobian.shape[0], dtype=torch.float64)
+    try:
+        values = torch.as_tensor(losses, dtype=torch.float64, device=jacobian.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"aggregate: `losses` must be numbers, one per row, got {losses!r}."
+        ) from error
+    if values.shape != (len(jacobian),):
+        raise ValueError(
+            f"aggregate: `losses` must have shape [{len(jacobian)}], got {list(values.shape)}."
+        )
+    return jacobian.detach(), values.detach()
+
+
+def host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Return the inner products of all rows, on the host, and whether some row is tiny.
+
+    Raises:
+        ValueError: If an entry is not finite.
+    """
+    rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
+    gram = gram_matrix(rows).cpu()
+    if not needs_scaling(gram.diagonal().tolist()):
+        return gram, False
+    gram = gram_matrix(rows, scaled=True).cpu()
+    squares = gram.diagonal().tolist()
+    check_finite(squares)
+    return gram, any(0 < square < TINY for square in squares)
+
+
+def check_rows(jacobian: Tensor) -> None:
+    """Raise ``ValueError`` naming the first row with an entry that is not finite."""
+    total = jacobian.sum(dtype=WIDE[jacobian.dtype])  # one that is not finite shows in it
+    if not math.isfinite(total.item()):
+        check_finite(jacobian.abs().amax(dim=1).tolist())
+
+
+def check_width(buffers: State, jacobian: Tensor) -> None:
+    """Raise ``ValueError`` if what a rule kept belongs to other parameters."""
+    for tensor in buffers.values():
+        if tensor.shape[-1] != jacobian.shape[1]:
+            raise ValueError(
+                f"aggregate: `state` belongs to {tensor.shape[-1]} parameters, the Jacobian has "
+                f"{jacobian.shape[1]} columns; pass None to start anew."
+            )
+
+
+def check_finite(numbers: Sequence[float]) -> None:
+    """Raise ``ValueError`` naming the first number that is not finite."""
+    for i, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(
+                f"aggregate: row or loss {i} is not finite; every entry must be a number."
+            )

@@ -4,28 +4,21 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gradbal import __version__
-from gradbal.aggregation import aggregate
-from gradbal.bench.report import Report
-from gradbal.bench.rules import further, rule_times
-from gradbal.bench.steps import Target
-from gradbal.compare import command
-from gradbal.demo.report import NOTES
-from gradbal.demo.settings import ARCHS, SEARCH, SEARCH_RULES, Settings
-from gradbal.engines import PRESETS, make_engine
-from gradbal.registry import RULES, Entry, make_rule
-from gradbal.rule import Claim, GradientRule, GramRule, LossRule, Rule
+from gradbal._utils.tables import Rows, markdown_table, plain_table
+from gradbal.aggregation import Elsewhere, aggregate
+from gradbal.rules._base import Claim, GradientRule, GramRule, LossRule, Rule
+from gradbal.rules._registry import RULES, Entry, make_rule
 
-Rows = Sequence[tuple[str, ...]]
 JACOBIAN = [[4.0, 0.0, 1.0, 0.0], [-1.0, 2.0, 0.0, 0.5], [-1.0, -3.0, 0.5, 1.0]]  # all conflict
-BENCH_SECONDS = 2.0  # for each rule with each engine
 SEEDS = 4  # tried to find out whether a rule draws random numbers
+LIBRARY = ("list", "--version")  # words that need nothing of the lab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,138 +31,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code 0.
 
     Raises:
-        SystemExit: With the code 2 where an argument cannot be, after a sentence that says why.
+        SystemExit: With the code 2 where an argument is wrong, after a sentence that says why; with
+            130 after Ctrl-C, after a line that says what was reached.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names with accents, on terminals without
-    parser, demo, bench, compared = _parsers()
-    given = parser.parse_args(argv)
-    if given.command == "list":
-        rows = claim_rows() if given.claims else rule_rows()
-        print(markdown_table(rows) if given.markdown else plain_table(rows))
-    elif given.command == "demo":
-        _demo(demo, given)
-    elif given.command == "bench":
-        _bench(bench, given)
-    elif given.command == "compare":
-        _compare(compared, given, sys.argv[1:] if argv is None else argv)
-    else:
-        parser.print_help()
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, parsers = _parsers(with_lab=not words or words[0] not in LIBRARY)
+    given, unknown = parser.parse_known_args(words)
+    chosen = parsers.get(given.command, parser)
+    if unknown:
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        if given.command is None:
+            parser.print_help()
+        else:
+            given.run(chosen, given, words)
+    except KeyboardInterrupt as stop:
+        reached = f"; {stop}" if str(stop) else ""
+        chosen.exit(130, f"{chosen.prog}: interrupted{reached}.\n")
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it."""
+
+    def __init__(self, **options: Any) -> None:  # argparse's own
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
 
 
-def _parsers() -> tuple[_Parser, ...]:
-    parser = _Parser(prog="gradbal", description="Gradient balancing for several losses.")
+def _parsers(*, with_lab: bool) -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command line, and those of the commands by name.
+
+    Args:
+        with_lab: Whether to import the commands that run experiments.
+    """
+    parser = Parser(prog="gradbal", description="Gradient balancing for several losses.")
     parser.add_argument("--version", action="version", version=f"gradbal {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     rules = commands.add_parser("list", help="show the rules", description=rule_rows.__doc__)
     rules.add_argument("--markdown", action="store_true", help="print a Markdown table")
     rules.add_argument("--claims", action="store_true", help="show what each rule promises")
-    what = "train a small network on two-digit pictures under several rules"
-    demo = commands.add_parser("demo", help=what, description=f"{what.capitalize()}.")
-    default = Settings()
-    usual = f"{','.join(default.rules)}; with {SEARCH} {','.join(SEARCH_RULES)}"
-    demo.add_argument("--rules", help=f"names with commas between ({usual})")
-    archs = ", ".join(ARCHS)
-    demo.add_argument("--arch", default=default.arch, help=f"one of {archs} (%(default)s)")
-    demo.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
-    demo.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
-    demo.add_argument("--device", default=default.device, help="(%(default)s)")
-    demo.add_argument(
-        "--out", type=Path, default=default.out, help="folder for two pictures (%(default)s)"
-    )
-    bench, what = _bench_parser(commands), "compare rules honestly with tuned fixed weights"
-    compared = commands.add_parser("compare", help=what, description=f"{what.capitalize()}.")
-    command.add_arguments(compared)
-    return parser, demo, bench, compared
+    rules.set_defaults(run=_list)
+    found = {"list": rules}
+    if with_lab:
+        found |= import_module("gradbal.lab.commands").add_commands(commands)
+    return parser, found
 
 
-def _bench_parser(commands: "argparse._SubParsersAction[_Parser]") -> _Parser:
-    bench = commands.add_parser(
-        "bench",
-        help="time the rules, or rules and engines on a model of yours",
-        description="Time the rules on random task gradients, or, given a function that returns a "
-        "model and a function of its losses, a whole step with each rule and engine.",
-    )
-    bench.add_argument(
-        "target",
-        nargs="?",
-        metavar="module:function",
-        help="returns (model, losses_fn), or adds an optimizer",
-    )
-    bench.add_argument("--rules", help="names with commas between (all; with a function: upgrad)")
-    bench.add_argument("--engines", default=",".join(PRESETS), help="(%(default)s)")
-    bench.add_argument(
-        "--tasks", type=int, nargs="+", default=(2, 3, 8, 16), help="numbers, without a function"
-    )
-    return bench
-
-
-def _demo(parser: _Parser, given: argparse.Namespace) -> None:
-    usual = SEARCH_RULES if given.arch == SEARCH else Settings.rules
-    try:
-        settings = Settings(
-            rules=usual if given.rules is None else tuple(_names(given.rules)),
-            arch=given.arch,
-            epochs=given.epochs,
-            seed=given.seed,
-            device=given.device,
-            out=given.out,
-        )
-        settings.prepare()
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
-    if settings.arch == SEARCH:
-        _demo_search(settings)
-        return
-    from gradbal.demo import run
-
-    report = run(settings)
-    print(plain_table(report.rows()), NOTES, sep="\n\n")
-    print("Pictures:", *report.files)
-
-
-def _demo_search(settings: Settings) -> None:
-    from gradbal.demo import automtl
-
-    found = automtl.run(settings)
-    for rule in found.policies:
-        print(f"The policy under {rule}\n", plain_table(found.policy_rows(rule)), "", sep="\n")
-    print(plain_table(found.rows()), automtl.NOTES, sep="\n\n")
-    print("Pictures:", *found.files)
-
-
-def _bench(parser: _Parser, given: argparse.Namespace) -> None:
-    try:
-        if given.target:
-            rules, engines = _names(f"ew,{given.rules or 'upgrad'}"), _names(given.engines)
-            for engine in engines:
-                make_engine(engine)
-            report = Report(Target.find(given.target), rules, engines, BENCH_SECONDS)
-            print(plain_table(report.rows()), report.words(), sep="\n\n")
-        else:
-            rules = sorted(RULES) if given.rules is None else _names(given.rules)
-            print(plain_table(rule_times(rules, given.tasks)))
-    except (TypeError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-def _compare(parser: _Parser, given: argparse.Namespace, words: Sequence[str]) -> None:
-    try:
-        print(command.compare(given, words))
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+def _list(parser: Parser, given: argparse.Namespace, words: Sequence[str]) -> None:
+    rows = claim_rows() if given.claims else rule_rows()
+    print(markdown_table(rows, code=True) if given.markdown else plain_table(rows))
 
 
 # ---------------------------------------------------------------------- the table of rules
@@ -232,36 +147,17 @@ def _answer(rule: Rule, seed: int) -> Tensor:
     return aggregate(jacobian, rule, losses=losses, more=more, generator=generator).direction
 
 
-def plain_table(rows: Rows) -> str:
-    """Return rows in columns, a line under the header; columns of numbers end at the right.
+def further(rule: Rule, jacobian: Tensor, losses: Tensor) -> list[Tensor | Elsewhere]:
+    """Return as many further batches as a rule needs, each like the first one.
 
-    Example:
-        >>> print(plain_table([("rule", "steps"), ("uw", "7"), ("famo", "-")]))
-        rule  steps
-        ----  -----
-        uw        7
-        famo      -
+    Args:
+        rule: The rule.
+        jacobian: Task gradients of the first batch, shape ``[m, n]``.
+        losses: Its losses, shape ``[m]``.
     """
-    columns = [_aligned(column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
+    def elsewhere(shift: Tensor) -> tuple[Tensor, Tensor]:
+        return losses, jacobian
 
-def _aligned(column: Sequence[str]) -> list[str]:
-    width = max(map(len, column))
-    cells = [column[0], "-" * width, *column[1:]]
-    numbers = all(cell == "-" or cell.lstrip("+-")[:1].isdigit() for cell in column[1:])
-    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in cells]
-
-
-def markdown_table(rows: Rows) -> str:
-    """Return rows as a Markdown table, with the first cells as code.
-
-    Example:
-        >>> print(markdown_table([("rule", "year"), ("uw", "2018")]))
-        | rule | year |
-        |---|---|
-        | `uw` | 2018 |
-    """
-    body = [(f"`{first}`", *rest) for first, *rest in rows[1:]]
-    head = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
-    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in body)])
+    probes = isinstance(rule, GradientRule) and rule.probes
+    return [elsewhere if probes else jacobian] * (min(rule.batches) - 1)

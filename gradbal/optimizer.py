@@ -7,24 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbal import reports
-from gradbal.arguments import OWNER, Groups, Options, Parameters, needs_closure, tensors_of
-from gradbal.auto import chooser_for
-from gradbal.calls import AuxLosses, Call, explaining_donation
-from gradbal.closures import Evaluations
-from gradbal.core import Core
-from gradbal.descent import Descent
+from gradbal._utils.checks import OWNER
 from gradbal.distributed.counts import Counts
-from gradbal.engines import Auto, Engine, make_engine
-from gradbal.flow import Flow
-from gradbal.losses import Losses
-from gradbal.planner import Planner
-from gradbal.record import StepRecord
-from gradbal.registry import make_rule
-from gradbal.roles import Roles
-from gradbal.rule import Rule
-from gradbal.several import SeveralOptimizers
-from gradbal.wrapper import WrappedOptimizer
+from gradbal.graph.losses import Losses
+from gradbal.graph.parameters import Groups, Parameters, Roles, tensors_of
+from gradbal.jacobian.autotune import chooser_for
+from gradbal.jacobian.compute import Descent
+from gradbal.jacobian.engines import Auto, Engine, make_engine
+from gradbal.jacobian.planner import Planner
+from gradbal.optim.several import SeveralOptimizers
+from gradbal.optim.wrapper import WrappedOptimizer, needs_closure
+from gradbal.rules._base import Rule
+from gradbal.rules._names import RuleName
+from gradbal.rules._registry import make_rule
+from gradbal.step.balance import Flow
+from gradbal.step.call import AuxLosses, Call
+from gradbal.step.check import check
+from gradbal.step.closures import Evaluations
+from gradbal.step.explain import explain
+from gradbal.step.one_pass import explaining_donation
+from gradbal.step.options import Options
+from gradbal.step.record import StepRecord
+from gradbal.step.state import Core
 
 
 class MTLOptimizer(WrappedOptimizer):
@@ -40,7 +44,7 @@ class MTLOptimizer(WrappedOptimizer):
             own, such as Muon for matrices and AdamW for the rest.
         rule: Name of a rule or a rule object; ``gradbal.rule_names()`` lists the names.
         tasks: Names of the tasks or their number, to fix the size of the state beforehand.
-        engine: ``"auto"``, another name or one of ``gradbal.engines``.
+        engine: ``"auto"``, another name or one of ``gradbal.jacobian.engines``.
         shared: Parameters, or modules, to treat as shared; None to find them.
         heads: Whether task-specific parameters get the ``"plain"`` gradient of their loss or one
             ``"weighted"`` by the rule; None for the rule's own way.
@@ -76,7 +80,7 @@ class MTLOptimizer(WrappedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        rule: str | Rule = "upgrad",
+        rule: RuleName | str | Rule = "upgrad",
         *,
         tasks: int | Sequence[str] | None = None,
         engine: str | Engine = "auto",
@@ -243,7 +247,7 @@ class MTLOptimizer(WrappedOptimizer):
         with self.core.transaction() as undo, explaining_donation():
             try:
                 with self._flow.descent.apart() as descent:
-                    return reports.check(descent, self.core, self._flow.reader.read(losses))
+                    return check(descent, self.core, self._flow.reader.read(losses))
             finally:
                 undo()
 
@@ -256,7 +260,7 @@ class MTLOptimizer(WrappedOptimizer):
         with self.core.transaction() as undo:
             try:
                 batch = None if losses is None else self._flow.reader.read(losses)
-                return reports.explain(self._flow.descent, self.core, batch)
+                return explain(self._flow.descent, self.core, batch)
             finally:
                 undo()
 
@@ -264,6 +268,14 @@ class MTLOptimizer(WrappedOptimizer):
         """Return the newest step as a flat dict of 0-dim tensors; nothing is read back."""
         metrics = {} if self.last is None else self.last.metrics()
         return {**metrics, "gradbal/skipped": torch.tensor(float(self.core.skipped))}
+
+    def shared_parameters(self) -> list[Tensor]:
+        """Return the parameters that the last step treated as shared by several tasks.
+
+        Returns:
+            In the order of the base optimizer's groups; empty before the first step.
+        """
+        return self._flow.shared_parameters()
 
     @property
     def last(self) -> StepRecord | None:
@@ -303,3 +315,7 @@ class MTLOptimizer(WrappedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew: storage, hooks and the record of what was said."""
         return {name: kept for name, kept in super().__getstate__().items() if name != "_flow"}
+
+    def __repr__(self) -> str:
+        parts = [repr(self.rule), f"engine={self.engine!r}", *self.options.changed()]
+        return f"{type(self).__name__}({', '.join(parts)}, base={self.base!r})"

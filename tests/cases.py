@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gradbal import aggregate
 from gradbal.aggregation import Aggregation
-from gradbal.registry import RULES, make_rule
-from gradbal.rule import GradientRule, Rule
+from gradbal.rules._base import GradientRule, Rule
+from gradbal.rules._registry import RULES, make_rule
 
 J2 = [[1, 0, 1], [-3, 1, 0]]
 J3 = [[2, 1, 0, -1], [-1, 3, 1, 0], [0, -4, 2, 6]]

@@ -1,6 +1,7 @@
 """Toy models with several losses, and slow, obvious references for what is made of them."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradbal import MTLOptimizer, aggregate, engines, make_rule
-from gradbal.rule import Context, GramRule
+from gradbal.rules._base import Context, GramRule
 
 Row = list[Tensor | None]
 
@@ -302,3 +306,85 @@ def same_as_sequential(
         p.grad = None
     if tol <= 1e-5:
         assert max(optimizer.check(losses()).values()) <= tol
+
+
+# ---------------------------------------------------------------------- what a step does
+
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.linalg_eigh.default,
+    aten._linalg_eigh.default,
+    aten._linalg_svd.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+}
+
+
+class NothingRead(TorchDispatchMode):
+    """Raise where a value comes back to the host, or a shape depends on one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            raise AssertionError(f"{func} reads back")
+        if func is aten.index.Tensor:
+            for index in args[1]:
+                assert index is None or index.dtype not in (torch.bool, torch.uint8)
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {"as_strided", "detach", "slice", "t", "view", "alias", "unbind", "permute"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Records every operation, and those that touch the storage of some tensor."""
+
+    def __init__(self, *watched: Tensor) -> None:
+        super().__init__()
+        self.watched = {tensor.untyped_storage().data_ptr() for tensor in watched}
+        self.all: Counter[str] = Counter()
+        self.touching: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.all[name] += 1
+        if name not in VIEWS and places & self.watched:
+            self.touching[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * float("inf")
+
+
+def spoiled(model: Toy, batch: int, how: str) -> dict[str, Tensor]:
+    """Losses of which the second is bad: itself, or only its gradient."""
+    losses = model.named(batch)
+    losses["b"] = Overflow.apply(losses["b"]) if how == "gradient" else losses["b"] * float(how)
+    return losses
+
+
+def scaler(scale: float = 2.0**16, **options: Any) -> GradScaler:
+    return GradScaler("cpu", init_scale=scale, **options)
+
+
+def scaled_step(optimizer: MTLOptimizer, losses: Any, scale: GradScaler, **options: Any) -> None:
+    optimizer.zero_grad()
+    optimizer.backward(losses, scaler=scale, **options)
+    scale.step(optimizer)
+    scale.update()

@@ -11,8 +11,8 @@ from cases import J3, losses_for, normal, rows, seeded
 
 import gradbal
 from gradbal import aggregate, make_rule
-from gradbal.registry import RULES
-from gradbal.rule import LossRule
+from gradbal.rules._base import LossRule
+from gradbal.rules._registry import RULES
 
 L3 = [0.5, 2.0, 1.0]
 ALONE = [name for name, entry in RULES.items() if min(entry.rule.batches) == 1]

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import gradbal.demo
-from gradbal import make_rule, registry, rule_names
+import gradbal
+from gradbal import make_rule, rule_names
 from gradbal.cli import main, markdown_table, plain_table, rule_rows
-from gradbal.demo import automtl, settings
-from gradbal.registry import RULES
-from gradbal.rule import GradientRule, GramRule, LossRule, Rule
+from gradbal.lab import checks, commands, demo
+from gradbal.lab.demo import automtl
+from gradbal.lab.training import resume
+from gradbal.rules import _registry as registry
+from gradbal.rules._base import GradientRule, GramRule, LossRule, Rule
+from gradbal.rules._registry import RULES
 
 ROOT = Path(__file__).parent.parent
 KINDS = {
@@ -54,7 +59,19 @@ BAD = {
     ),
     "option of another command": (
         ["list", "--epochs", "3"],
-        "gradbal: unrecognized arguments: --epochs 3; see `gradbal --help`.\n",
+        "gradbal list: unrecognized arguments: --epochs 3; see `gradbal list --help`.\n",
+    ),
+    "unknown option": (
+        ["demo", "--nonsense"],
+        "gradbal demo: unrecognized arguments: --nonsense; see `gradbal demo --help`.\n",
+    ),
+    "unknown option without a command": (
+        ["--nonsense"],
+        "gradbal: unrecognized arguments: --nonsense; see `gradbal --help`.\n",
+    ),
+    "abbreviated option": (
+        ["demo", "--rule", "ew"],
+        "gradbal demo: unrecognized arguments: --rule ew; see `gradbal demo --help`.\n",
     ),
 }
 
@@ -137,7 +154,7 @@ def test_tables_hold_every_cell() -> None:
         "a            10",
         "long name     -",
     ]
-    assert markdown_table(rows).splitlines() == [
+    assert markdown_table(rows, code=True).splitlines() == [
         "| name | size |",
         "|---|---|",
         "| `a` | 10 |",
@@ -158,38 +175,178 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert sentence.count("\n") == 1
 
 
-def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+SAVING = {  # commands that train and then save files
+    "gradbal demo": ["demo"],
+    "gradbal demo, a search": ["demo", "--arch", "automtl"],
+    "gradbal compare": ["compare", "two_digits"],
+    "gradbal compare, the toy": ["compare", "toy"],
+}
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if anything trains."""
+    for owner, name in ((demo.contest, "train"), (automtl, "search"), (resume, "_trained")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("trained"))
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("name", SAVING)
+def test_out_must_be_a_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = tmp_path / "taken"
     taken.write_text("")
-    assert refused(capsys, "demo", "--out", str(taken)) == (
-        f"gradbal demo: `out` must be a folder that can be written, got {str(taken)!r} "
-        "(File exists).\n"
+    assert refused(capsys, *SAVING[name], "--out", str(taken)) == (
+        f"{name.partition(',')[0]}: `out` must be a folder that can be written, got "
+        f"{str(taken)!r} (File exists).\n"
     )
 
 
-def test_missing_packages_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("name", SAVING)
+def test_out_must_take_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(settings, "find_spec", lambda name: None if name != "tqdm" else object())
-    assert refused(capsys, "demo", "--out", str(tmp_path)) == (
-        'gradbal demo: needs scikit-learn and matplotlib; run `pip install "gradbal[demo]"`.\n'
+    def denied(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(checks, "TemporaryFile", denied)  # root may write anywhere
+    assert refused(capsys, *SAVING[name], "--out", str(tmp_path)) == (
+        f"{name.partition(',')[0]}: `out` must be a folder that can be written, got "
+        f"{str(tmp_path)!r} (Permission denied).\n"
     )
+
+
+def test_the_check_of_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    checks.new_folder("mine", tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    ("name", "gone", "sentence"),
+    [
+        ("gradbal demo", ["sklearn"], 'needs scikit-learn; run `pip install "gradbal[demo]"`.'),
+        (
+            "gradbal demo, a search",
+            ["sklearn", "matplotlib"],
+            'needs scikit-learn and matplotlib; run `pip install "gradbal[demo]"`.',
+        ),
+        ("gradbal demo", ["tqdm"], 'needs tqdm; run `pip install "gradbal[demo]"`.'),
+        (
+            "gradbal compare",
+            ["scipy", "sklearn"],
+            'needs scipy and scikit-learn; run `pip install "gradbal[compare]"`.',
+        ),
+        (
+            "gradbal compare, the toy",
+            ["matplotlib"],
+            'needs matplotlib; run `pip install "gradbal[compare]"`.',
+        ),
+    ],
+)
+def test_missing_packages_are_named_before_training(
+    name: str,
+    gone: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in gone:
+        monkeypatch.setitem(sys.modules, module, None)
+    said = refused(capsys, *SAVING[name], "--out", str(tmp_path))
+    assert said == f"{name.partition(',')[0]}: {sentence}\n"
+
+
+KEPT = "keeps 0 finished runs, and the same command goes on from there"
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "function", "reached"),
+    [
+        (
+            "gradbal demo",
+            demo.contest,
+            "_train",
+            "0 of 14 epochs are trained, so there are no scores yet",
+        ),
+        (
+            "gradbal demo, a search",
+            automtl,
+            "search",
+            "the search is not finished, so there is no policy",
+        ),
+        ("gradbal compare", resume, "_trained", f"@runs.jsonl {KEPT}"),
+        ("gradbal compare, the toy", resume, "_trained", f"@toy.jsonl {KEPT}"),
+    ],
+)
+def test_an_interrupt_ends_with_one_line(
+    name: str,
+    owner: object,
+    function: str,
+    reached: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, function, interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([*SAVING[name], "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]  # below tqdm's bar
+    assert last == f"{name.partition(',')[0]}: interrupted; {reached}.".replace(
+        "@", str(tmp_path) + os.sep
+    )
+    assert not captured.out
+
+
+def test_an_interrupt_with_nothing_to_say_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "rule_times", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "gradbal bench: interrupted.\n"
 
 
 def test_demo_prints_its_table_and_where_the_pictures_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = partial(gradbal.demo.run, copies=(2, 1, 1))
-    monkeypatch.setattr(gradbal.demo, "run", small)
+    monkeypatch.setattr(demo, "run", partial(demo.run, copies=(2, 1, 1)))
     out = tmp_path / "new" / "folder"
     shown = said(capsys, "demo", "--rules", "upgrad, uw,upgrad", "--epochs", "1", "--out", str(out))
     names = [line.split("  ")[0] for line in shown.splitlines()]
     assert names[2:7] == ["single task", "ew", "upgrad", "uw", ""]
+    assert "What the numbers of this run mean:" in names
     assert shown.rstrip().endswith(
         f"Pictures: {out / 'learning-curves.png'} {out / 'weights-and-cosines.png'}"
     )
 
 
+def test_demo_prints_its_table_before_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(demo, "run", partial(demo.run, copies=(2, 1, 1)))
+    monkeypatch.setattr(demo, "draw", full)
+    with pytest.raises(OSError, match=r"^No space left on device$"):
+        main(["demo", "--rules", "ew", "--epochs", "1", "--out", str(tmp_path)])
+    assert "single task" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_demo_of_a_search_prints_its_policy_and_what_it_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,12 +366,29 @@ def run(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_same_command() -> None:
     assert run("-m", "gradbal", "--version") == f"gradbal {gradbal.__version__}\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--version"], ["list"]])
+def test_quick_commands_load_nothing_that_looks_for_a_compiler(words: list[str]) -> None:
+    code = f"""
+import sys
+from gradbal.cli import main
+try:
+    main({words})
+except SystemExit as ended:
+    assert ended.code == 0
+print("torch.utils.benchmark" in sys.modules, "torch.utils.cpp_extension" in sys.modules)
+"""
+    assert run("-c", code).splitlines()[-1] == "False False"
+
+
+@pytest.mark.slow
 def test_import_gradbal_stays_light() -> None:
-    heavy = {"gradbal.cli", "gradbal.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
+    heavy = {"gradbal.cli", "gradbal.lab.demo", "matplotlib", "sklearn", "tqdm", "cvxpy"}
     code = f"import sys, torch; old = {{*sys.modules}}; import gradbal; print({heavy} & "
     assert run("-c", code + "({*sys.modules} - old))") == "set()\n"  # torch itself has tqdm
 

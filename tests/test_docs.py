@@ -14,9 +14,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf",
 )
 LIGHT = [page for page in pages() if page not in NEEDS]
+SLOW = ("compare.md", "integrations/compile.md")
 
 
-@pytest.mark.parametrize("page", LIGHT)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in LIGHT]
+)
 def test_what_a_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
@@ -26,6 +29,15 @@ def test_what_a_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.M
 def test_pages_with_other_packages_are_there() -> None:
     assert set(NEEDS) <= set(pages())
     assert len([page for page in pages() if snippets(page)]) > 12
+
+
+def test_links_of_the_readme_lead_somewhere_from_a_package_index_too() -> None:
+    targets = re.findall(r"\]\(([^)]*)\)", (DOCS.parent / "README.md").read_text("utf-8"))
+    assert targets
+    for target in targets:
+        assert target.startswith("https://")
+        page = target.removeprefix("https://github.com/gradbal/gradbal/blob/main/")
+        assert page == target or (DOCS.parent / page).is_file()
 
 
 def test_code_in_other_fences_is_no_python() -> None:

@@ -19,9 +19,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from arch_zoo import CrossStitch, DSelectK, MultiTaskModel
 from gradbal import aggregate, engines
-from gradbal.demo import architectures
-from gradbal.demo.architectures import ARCHITECTURES
-from gradbal.graph import Plan, make_plan, members
+from gradbal.graph.heads_and_trunk import Plan, make_plan, members
+from gradbal.lab.models import architectures
+from gradbal.lab.models.architectures import ARCHITECTURES
 
 WITH_CUT = ("HPS", "MMoE", "MTAN", "CGC", "DSelectK")
 

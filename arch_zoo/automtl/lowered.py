@@ -86,7 +86,7 @@ class Lowered(MultiTaskModel):
 
 def _results(graph: fx.Graph) -> dict[str, fx.Node]:
     """Return the node of each task's features."""
-    results: dict[str, fx.Node] = next(reversed(graph.nodes)).args[0]
+    results: dict[str, fx.Node] = next(iter(reversed(graph.nodes))).args[0]
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.diagnostics.step import Step
-from gradbal.record import StepRecord
+from gradbal.step.record import StepRecord
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradbal.arguments import Parameters, tensors_of
-from gradbal.calls import explaining_donation
 from gradbal.diagnostics.course import cosines
-from gradbal.gram import gram_matrix, outside_autocast, sparse_gram
-from gradbal.losses import Batch, Losses, named_losses, read_batch
+from gradbal.graph.losses import Batch, Losses, named_losses, read_batch
+from gradbal.graph.parameters import Parameters, tensors_of
+from gradbal.solvers.gram import gram_matrix, outside_autocast, sparse_gram
+from gradbal.step.one_pass import explaining_donation
 
 
 @dataclass(frozen=True)

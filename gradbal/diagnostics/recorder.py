@@ -7,15 +7,15 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.diagnostics import files
 from gradbal.diagnostics.course import Course, read
 from gradbal.diagnostics.history import History
 from gradbal.diagnostics.report import report
 from gradbal.diagnostics.step import Step
 from gradbal.optimizer import MTLOptimizer
-from gradbal.record import StepRecord
-from gradbal.trees import cloned
+from gradbal.step.record import StepRecord
+from gradbal.step.trees import cloned
 
 
 class Recorder:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gradbal.diagnostics.course import Course
-from gradbal.engines import Representation, Sketched
+from gradbal.jacobian.engines import Representation, Sketched
 from gradbal.optimizer import MTLOptimizer
-from gradbal.rule import LossRule, Rule
+from gradbal.rules._base import LossRule, Rule
 
 ENOUGH = 20  # steps, for a verdict
 ROUNDING = 1e-6  # cosines this close to zero are neither conflict nor harmony

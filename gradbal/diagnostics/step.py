@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gradbal.record import StepRecord
+from gradbal.step.record import StepRecord
 
 
 class Step(NamedTuple):

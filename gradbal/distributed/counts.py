@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from gradbal.distributed.link import OWNER
-from gradbal.losses import Batch
+from gradbal.distributed.collectives import OWNER
+from gradbal.graph.losses import Batch
 
 Counts = Mapping[str, float] | Sequence[float]
 

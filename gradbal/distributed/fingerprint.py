@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from gradbal.sharded import is_sharded
+from gradbal._utils.dtensor import is_sharded
 
 STRIDE = 2**16  # entries that are summed at a time
 

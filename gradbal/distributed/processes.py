@@ -6,12 +6,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from gradbal.blocks import Block, Columns
+from gradbal._utils.dtensor import Holding
 from gradbal.distributed.counts import Counts, read_counts
-from gradbal.distributed.rows import NoExchange
-from gradbal.graph import Plan
-from gradbal.losses import Batch, Losses, named_losses, read_batch
-from gradbal.sharded import Holding
+from gradbal.distributed.layout import Columns, RowStorage
+from gradbal.distributed.row_averages import NoExchange
+from gradbal.graph.heads_and_trunk import Plan
+from gradbal.graph.losses import Batch, Losses, named_losses, read_batch
 
 Known = Mapping[int, int]
 MakePlans = Callable[[Known], list[Plan]]
@@ -59,7 +59,7 @@ class Processes:
         """Say how so many columns of parameters that are spread so are spread."""
         return Columns(n)
 
-    def rows(self, blocks: Sequence[Block], n_tasks: int) -> NoExchange:
+    def rows(self, blocks: Sequence[RowStorage], n_tasks: int) -> NoExchange:
         """Return what exchanges the rows of task gradients in these blocks."""
         return NoExchange()
 
@@ -191,3 +191,6 @@ class Processes:
 def shared_out(total: Tensor, copies: int) -> Tensor:
     """Return one of so many equal shares."""
     return total if copies == 1 else total / copies
+
+
+ALONE = Processes()

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined
-from gradbal.learner import advance
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Heads, Rows, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Heads, Rows, State
+from gradbal.rules._learned import advance
+from gradbal.rules._registry import register
+from gradbal.solvers.gram import combined
 
 
 @register("auto_lambda", claims=[Claim.EQUIVARIANT], paper="Liu et al., TMLR 2022", year=2022)

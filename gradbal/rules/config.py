@@ -6,9 +6,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule
+from gradbal.rules._registry import register
 from gradbal.solvers import equilibrate, min_norm, symmetric_eigen
 
 FLAT = 1e-7  # of what cancels: a Gram matrix cannot tell shorter lengths from zero

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, LossRule
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, LossRule
+from gradbal.rules._registry import register
 
 
 @register(

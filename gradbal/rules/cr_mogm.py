@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from gradbal.chain import GramChain, chain
-from gradbal.registry import make_rule, register
-from gradbal.rule import Claim, Rule, WeightRule
-from gradbal.transforms import Smooth
+from gradbal.rules._base import Claim, Rule, WeightRule
+from gradbal.rules._chain import GramChain, chain
+from gradbal.rules._registry import make_rule, register
+from gradbal.rules.transforms import Smooth
 
 
 @register(

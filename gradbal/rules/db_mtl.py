@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined, times, wide
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, Direction, GradientRule, Heads, State, Weights
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, Direction, GradientRule, Heads, State, Weights
+from gradbal.rules._registry import register
+from gradbal.solvers.gram import combined, times, wide
 
 
 @register("db_mtl", claims=[Claim.EQUIVARIANT], paper="Lin et al., 2023", year=2023)

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Scale
+from gradbal.rules._base import Claim, Context, GramRule, Scale
+from gradbal.rules._registry import register
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.nonnegative_qp import nonnegative_qp
 

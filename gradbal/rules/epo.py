@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Scale
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, Scale
+from gradbal.rules._registry import register
 from gradbal.solvers import cvxpy_simplex_lp, simplex_lp
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import wide
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Heads, Scale, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Heads, Scale, State
+from gradbal.rules._registry import register
+from gradbal.solvers.gram import wide
 
 TINY = 2.0**-126  # under the root: the smallest normal number of float32
 

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined, times
-from gradbal.learner import advance
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Rows, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Rows, State
+from gradbal.rules._learned import advance
+from gradbal.rules._registry import register
 from gradbal.rules.auto_lambda import last_closure
+from gradbal.solvers.gram import combined, times
 from gradbal.solvers.min_norm import min_norm
 from gradbal.solvers.simplex_qp import simplex_qp
 

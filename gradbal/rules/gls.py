@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, LossRule
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, LossRule
+from gradbal.rules._registry import register
 
 
 @register(

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import wide
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Scale
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Scale
+from gradbal.rules._registry import register
+from gradbal.solvers.gram import wide
 
 CHUNK = 2**15  # entries worked on at a time
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Scale, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, Scale, State
+from gradbal.rules._registry import register
 
 SMALLEST = 1e-6  # of a weight that is trained directly
 TIE = 32  # rounding errors within which a weighted norm has met its target

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Scale, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, Scale, State
+from gradbal.rules._registry import register
 from gradbal.rules.pcgrad import visits
 
 PARALLEL = 1e-8  # 1 - target^2 below which a target cannot be aimed at any more

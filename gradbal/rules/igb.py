@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, LossRule, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, LossRule, State
+from gradbal.rules._registry import register
 from gradbal.rules.stch import average, averages, shares
 
 

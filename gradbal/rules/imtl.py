@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Heads, State, Weights
+from gradbal.rules._base import Claim, Context, GramRule, Heads, State, Weights
+from gradbal.rules._registry import register
 from gradbal.solvers.equal_projection import equal_projection
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, LossRule, State
+from gradbal.rules._base import Claim, Context, LossRule, State
+from gradbal.rules._registry import register
 
 
 @register(

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Scale
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, Scale
+from gradbal.rules._registry import register
 
 TIE = 32  # rounding errors of the Gram matrix within which two scores are the same
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined, times, wide
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, State
+from gradbal.rules._registry import register
 from gradbal.rules.config import ConFIG
+from gradbal.solvers.gram import combined, times, wide
 
 
 @register("m_config", claims=[Claim.EQUIVARIANT], paper="Liu et al., ICLR 2025", year=2025)

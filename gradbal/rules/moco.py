@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined, times, wide
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Scale, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Scale, State
+from gradbal.rules._registry import register
 from gradbal.solvers import project_simplex
+from gradbal.solvers.gram import combined, times, wide
 
 
 @register("moco", claims=[Claim.EQUIVARIANT], paper="Fernando et al., ICLR 2023", year=2023)

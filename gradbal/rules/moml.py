@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.gram import combined
-from gradbal.learner import advance
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Heads, Scale, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Heads, Scale, State
+from gradbal.rules._learned import advance
+from gradbal.rules._registry import register
 from gradbal.rules.auto_lambda import first_rows, last_closure
+from gradbal.solvers.gram import combined
 from gradbal.solvers.min_norm import min_norm
 
 

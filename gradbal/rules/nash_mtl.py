@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, Heads, Weights
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, Heads, Weights
+from gradbal.rules._registry import register
 from gradbal.solvers import cvxpy_nash, nash_point
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Context, GramRule, State
+from gradbal._utils import checks
+from gradbal.rules._base import Context, GramRule, State
+from gradbal.rules._registry import register
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.nonnegative_qp import nonnegative_qp
 

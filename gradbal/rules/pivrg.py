@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GramRule, State
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GramRule, State
+from gradbal.rules._registry import register
 from gradbal.solvers import cvxpy_nash, nash_point
 
 TINY = 1e-300

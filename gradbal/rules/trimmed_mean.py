@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradbal import checks
-from gradbal.registry import register
-from gradbal.rule import Claim, Context, GradientRule, Scale
+from gradbal._utils import checks
+from gradbal.rules._base import Claim, Context, GradientRule, Scale
+from gradbal.rules._registry import register
 
 Pick = Callable[[Tensor, Tensor], Tensor]  # of two values in every entry
 SHORT = 256  # entries, per value trimmed, up to which sorting beats comparing rows in pairs

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.solvers.active_set import GATHER, PATIENCE
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.interior_point import FLOOR, predict_correct

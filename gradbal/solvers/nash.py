@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.min_norm import TOUCHES, min_norm
 from gradbal.solvers.solution import Solution

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.solvers.active_set import exchange, exchange_numbers
 from gradbal.solvers.interior_point import interior_point, natural_residual
 from gradbal.solvers.solution import Solution

@@ -5,7 +5,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.solvers.equilibrate import equilibrate
 from gradbal.solvers.solution import Solution
 from gradbal.solvers.spectral import symmetric_eigen

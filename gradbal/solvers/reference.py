@@ -1,7 +1,8 @@
 """The same problems, written down for CVXPY: slow, obvious, and the judge of the fast solvers.
 
 All equilibrate first, as the fast ones do, and are solved by Clarabel, an interior point that
-stops at about ``1e-8``. CVXPY and NumPy are imported only when one of these is called.
+stops at about ``1e-8``. CVXPY, of the extra ``cvxpy``, and NumPy are imported only when one of
+these is called.
 """
 
 import contextlib
@@ -174,12 +175,16 @@ def cvxpy_nash(
     unit = (norms / largest) ** ((1 - alpha) / (1 + alpha))  # p = unit * u, u of order one
     if demand is not None:
         unit = unit * demand[live] ** (1 / (1 + alpha))
-    u = cvxpy.Variable(len(norms), pos=True)
-    factors = unit.square().cpu().numpy()
+    factors = unit.square()
+    curvature = (unit @ cosines @ unit / factors.sum()).clamp(
+        min=1e-12
+    )  # small among opposed tasks
+    v = cvxpy.Variable(len(norms), pos=True)  # u in units in which it is of order one
     power = 1 - 1 / alpha
-    barrier = cvxpy.log(u) if alpha == 1 else cvxpy.power(u, power) / power
-    cost = 0.5 * cvxpy.sum_squares((root_of(cosines) * unit.cpu().numpy()) @ u) - factors @ barrier
-    shares = minimise(cost, u, [], gram)
+    barrier = cvxpy.log(v) if alpha == 1 else cvxpy.power(v, power) / power
+    root = root_of(cosines / curvature) * unit.cpu().numpy()
+    cost = 0.5 * cvxpy.sum_squares(root @ v) - factors.cpu().numpy() @ barrier
+    shares = minimise(cost, v, [], gram) * curvature ** (-alpha / (1 + alpha))
     points = unit * shares
     residual = (shares ** (1 / alpha) * (cosines @ points) / unit - 1).abs().amax()
     weights = points / norms * largest ** ((1 - alpha) / (1 + alpha))
@@ -191,14 +196,24 @@ def cvxpy_nash(
 
 
 def load_cvxpy(capturable: bool = False) -> Any:  # its own types cover it in part only
-    """Import CVXPY, unless the caller must not leave the device."""
+    """Import CVXPY.
+
+    Raises:
+        ValueError: If ``capturable``: the caller must not leave the device.
+        ModuleNotFoundError: If CVXPY is not installed.
+    """
     if capturable:
         raise ValueError(
             "The reference solvers need `capturable=False`, got True: CVXPY runs on the host. "
             "Use the rule's exact solver."
         )
-    import cvxpy
-
+    try:
+        import cvxpy
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'The solver "cvxpy" needs cvxpy, which is not installed; run '
+            '`pip install "gradbal[cvxpy]"`.'
+        ) from error
     return cvxpy
 
 
@@ -220,10 +235,13 @@ def minimise(cost: Any, variable: Any, constraints: list[Any], like: Tensor) -> 
     """Solve and return the variable as a tensor like ``like``; ones where the solver gave up."""
     cvxpy = load_cvxpy()
     problem = cvxpy.Problem(cvxpy.Minimize(cost), constraints)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the tolerances, beyond reach, were not reached
-        with contextlib.suppress(cvxpy.SolverError):
-            problem.solve(solver=cvxpy.CLARABEL, **_TIGHT)
+    for tolerances in (_TIGHT, {}):  # rounding can make Clarabel give up before it is so close
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the tolerances, beyond reach, were not reached
+            with contextlib.suppress(cvxpy.SolverError):
+                problem.solve(solver=cvxpy.CLARABEL, **tolerances)
+        if variable.value is not None:
+            break
     if variable.value is None:
         return torch.ones(variable.shape, dtype=like.dtype, device=like.device)
     return torch.as_tensor(variable.value, dtype=like.dtype, device=like.device)

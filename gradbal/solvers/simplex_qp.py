@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradbal import checks
+from gradbal._utils import checks
 from gradbal.solvers.nonnegative_qp import nonnegative_qp
 from gradbal.solvers.solution import Solution
 

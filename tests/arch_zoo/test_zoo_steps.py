@@ -17,7 +17,7 @@ from arch_zoo import (
     task_losses,
 )
 from gradbal import MTLOptimizer
-from gradbal.graph import members
+from gradbal.graph.heads_and_trunk import members
 
 
 def sets_of_a_step(model: MultiTaskModel, losses: Any, aux: Any) -> dict[str, frozenset[str]]:

@@ -56,6 +56,7 @@ def test_four_processes_send_what_the_formulas_say(four: Pool) -> None:
         assert agreed(cell, mode) < 5000, mode
 
 
+@pytest.mark.slow
 def test_short_rows_go_whole_in_one_message(two: Pool) -> None:
     volume = check(two, LITTLE).volumes["upgrad"]
     n_entries = 32 * 16 + 16 + 16 * 16 + 16
@@ -64,6 +65,7 @@ def test_short_rows_go_whole_in_one_message(two: Pool) -> None:
     assert "direction" not in volume.calls
 
 
+@pytest.mark.slow
 def test_the_command_starts_processes_and_writes_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from distributed.pool import Pool
 from distributed.training import largest_gap, train
 
-from gradbal.engines import Batched, Streaming
+from gradbal.jacobian.engines import Batched, Streaming
 
 KINDS = ["ew", "famo", "upgrad", "nash_mtl", "graddrop", "moco"]  # losses, Gram, entries; state
 ENGINES = [

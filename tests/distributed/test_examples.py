@@ -13,6 +13,7 @@ LINE = re.compile(r"epoch +1: left ([\d.]+) .* right ([\d.]+) .* larger ([\d.]+)
 EXAMPLES = ["ddp", "fsdp2", "tensor_parallel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example(name: str) -> None:
     script = f"docs/examples/{name}.py"

@@ -122,7 +122,7 @@ def test_processes_that_do_different_things_are_told(two: Pool) -> None:
         )
 
 
-@pytest.mark.parametrize("rule", ["upgrad", "ew"])
+@pytest.mark.parametrize("rule", ["upgrad", pytest.param("ew", marks=pytest.mark.slow)])
 def test_a_killed_process_is_named_by_the_others(rule: str, mortal: Pool) -> None:
     found = mortal.outcomes(fail, "killed", "plain", rule)
     assert found[1] == (False, None)

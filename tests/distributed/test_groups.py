@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from gradbal import MTLOptimizer
-from gradbal.distributed.link import Link
+from gradbal.distributed.collectives import Link
 
 
 def train_natively(**options: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from gradbal import MTLOptimizer
-from gradbal.engines import Representation
+from gradbal.jacobian.engines import Representation
 
 N_TASKS = 3
 

@@ -1,12 +1,14 @@
 """What is shipped: wheel and sdist, installed elsewhere, run there and seen by mypy."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,21 @@ def test_what_is_in_them(built: Path) -> None:
         assert wanted <= set(names)
         assert wanted <= inside
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"} <= inside
+    assert not [name for name in names if {"tests", "conftest.py"} & {*name.split("/")}]
+
+
+def test_installing_it_needs_torch_and_numpy_only(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    needed = message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])
+    plain = {re.split(r"[^\w-]", line)[0] for line in needed if "extra ==" not in line}
+    assert plain == {"torch", "numpy"}
+
+
+def test_a_package_index_can_show_the_readme(built: Path) -> None:
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir(), cwd=built)
+    assert said.count("PASSED") == 2
 
 
 def test_it_runs_elsewhere(elsewhere: Path, tmp_path: Path) -> None:

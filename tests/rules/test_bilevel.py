@@ -10,8 +10,8 @@ from cases import normal, rows
 from torch import Tensor, nn
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
 from gradbal.solvers import simplex_qp
+from gradbal.step.weighting import MODEL
 
 START = torch.tensor([0.5, 0.5], dtype=torch.float64)
 TRAIN, VALID = rows([[1, 0], [0, 2]]), rows([[1.5, 0], [0, 1]])
@@ -139,7 +139,9 @@ def batches(net: Net, rule: str, step: int) -> list[Any]:
 BILEVEL = ("auto_lambda", "moml", "forum")
 
 
-@pytest.mark.parametrize("name", BILEVEL)
+@pytest.mark.parametrize(
+    "name", ["auto_lambda", *(pytest.param(n, marks=pytest.mark.slow) for n in BILEVEL[1:])]
+)
 def test_a_network_learns(name: str) -> None:
     net = Net()
     mtl_opt = MTLOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), make_rule(name, lr=0.01))

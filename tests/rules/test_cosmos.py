@@ -8,8 +8,8 @@ from cases import losses_for, normal, seeded
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
-from gradbal.rule import Context, LossRule
+from gradbal.rules._base import Context, LossRule
+from gradbal.step.weighting import MODEL
 
 DRAWS = 10_000
 
@@ -43,7 +43,10 @@ def test_without_any_loss_only_the_preferences_are_left() -> None:
     torch.testing.assert_close(found, torch.tensor([0.25, 0.75], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+SLOW = [pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.0, 4.0)]
+
+
+@pytest.mark.parametrize("alpha", [0.3, *SLOW])
 def test_draws_follow_a_dirichlet_law(alpha: float) -> None:
     rule, m = make_rule("cosmos", alpha=alpha, lam=0.0), 3
     assert isinstance(rule, LossRule)

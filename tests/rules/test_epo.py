@@ -7,7 +7,7 @@ from cases import conflicting, correlated, decades, losses_for, normal, rows, se
 from torch import Tensor
 
 from gradbal import aggregate, make_rule
-from gradbal.rule import Rule
+from gradbal.rules._base import Rule
 
 TOL = 1e-9
 

@@ -8,7 +8,7 @@ from cases import conflicting, correlated, decades, losses_for, normal, seeded, 
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.rule import Rule
+from gradbal.rules._base import Rule
 
 
 def ray_of(m: int, seed: int) -> Tensor:

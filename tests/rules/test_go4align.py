@@ -23,8 +23,8 @@ def partitions(values: Tensor, groups: int) -> Iterator[Tensor]:
         yield means
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("groups", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_clusters_are_the_best_of_all_partitions(m: int, groups: int) -> None:
     for seed in range(4):
         for values in (normal(m, seed=seed), 10 ** (3 * normal(m, seed=seed))):

@@ -8,9 +8,9 @@ from cases import J2, J3, JP, JR, rows
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.core import Core
-from gradbal.decision import MODEL
-from gradbal.rule import Context, GramRule
+from gradbal.rules._base import Context, GramRule
+from gradbal.step.state import Core
+from gradbal.step.weighting import MODEL
 
 L3 = [0.5, 2.0, 1.0]
 MATRICES = {"J2": J2, "J3": J3, "JR": JR, "JP": JP}

@@ -7,7 +7,7 @@ import torch
 from cases import seeded
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
+from gradbal.step.weighting import MODEL
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

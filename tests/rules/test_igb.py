@@ -5,7 +5,7 @@ import torch
 from cases import losses_for
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
+from gradbal.step.weighting import MODEL
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 17])

@@ -8,9 +8,9 @@ from cases import losses_for, normal
 from torch import Tensor
 
 from gradbal import MTLOptimizer, make_rule
-from gradbal.core import Core
-from gradbal.decision import MODEL
-from gradbal.rule import LossRule
+from gradbal.rules._base import LossRule
+from gradbal.step.state import Core
+from gradbal.step.weighting import MODEL
 
 
 def objective(losses: Tensor, logits: Tensor, lam: float, tau: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from cases import J3, conflicting, correlated, decades, normal, rows
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
+from gradbal.step.weighting import MODEL
 
 
 def weights_of(jacobian: Tensor, **options: object) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from cases import J3, normal, rows
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
+from gradbal.step.weighting import MODEL
 
 
 def demand(scores: list[float], bound: float, min_temperature: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from cases import FIVE, conflicting, decades, losses_for, normal, rows, seeded, 
 from torch import Tensor
 
 from gradbal import aggregate, make_rule
-from gradbal.rule import Rule
+from gradbal.rules._base import Rule
 from gradbal.solvers import cvxpy_min_norm
 
 

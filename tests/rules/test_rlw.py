@@ -8,8 +8,8 @@ from cases import seeded
 from torch import Tensor
 
 from gradbal import aggregate
-from gradbal.registry import RULES
-from gradbal.rule import Context, LossRule
+from gradbal.rules._base import Context, LossRule
+from gradbal.rules._registry import RULES
 
 DRAWS = 20_000
 

@@ -9,7 +9,7 @@ from cases import losses_for, seeded
 from torch import Tensor
 
 from gradbal import MTLOptimizer, aggregate, make_rule
-from gradbal.decision import MODEL
+from gradbal.step.weighting import MODEL
 
 
 def weights_for(losses: Tensor, **options: Any) -> Tensor:

@@ -116,7 +116,9 @@ def test_nothing_is_read_back_and_nothing_changed(solver: str, name: str) -> Non
     )
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "m", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_operation_depends_on_data(solver: str, m: int) -> None:
     with FakeTensorMode():

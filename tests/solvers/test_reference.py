@@ -1,10 +1,14 @@
 """The CVXPY versions keep the same conventions, so that a rule can exchange one for the other."""
 
+import sys
+
 import pytest
 import torch
+from cases import conflicting
 from solver_cases import EDGES, draw, rows
 from torch import Tensor
 
+from gradbal import aggregate, make_rule
 from gradbal.solvers import (
     cagrad_point,
     cvxpy_cagrad,
@@ -48,6 +52,27 @@ def test_scale_plays_no_part(size: float) -> None:
         found, judge = solve(small @ small.T), solve(jac @ jac.T)
         assert found.converged
         same(found.value * factor, judge.value, 1.0)
+
+
+@pytest.mark.parametrize("size", [1e-8 * (1 + k / 999) for k in range(6)] + [1e8])
+def test_the_reference_stays_a_judge_where_tasks_are_nearly_opposed(size: float) -> None:
+    """Rounding alone must not make Clarabel stop early: the problem is posed in its own units."""
+    jac = conflicting(8, seed=8) * size
+    found = cvxpy_nash(jac @ jac.T, alpha=2.0)
+    assert found.converged
+    assert found.residual < 5e-5
+
+
+def test_without_cvxpy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cvxpy", None)
+    rule = make_rule("upgrad", solver="cvxpy")
+    message = (
+        r'^The solver "cvxpy" needs cvxpy, which is not installed; run '
+        r'`pip install "gradbal\[cvxpy\]"`\.$'
+    )
+    with pytest.raises(ModuleNotFoundError, match=message):
+        aggregate(torch.eye(2), rule)
+    assert aggregate(torch.eye(2), "upgrad").direction.tolist() == [0.5, 0.5]
 
 
 def test_device_bound_callers_are_turned_away() -> None:

@@ -48,7 +48,7 @@ def spread(jac: Tensor, decades: float, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("decades", [0, 3, 6, 8, 12])
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_small_eigenvalues_are_as_precise_as_large_ones(
     m: int, decades: float, capturable: bool
 ) -> None:

@@ -1,0 +1,1 @@
+"""The autograd graph: losses as its roots, the walk, the plan (heads, cut, trunk), costs."""

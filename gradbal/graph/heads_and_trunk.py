@@ -1,0 +1,217 @@
+"""The plan of a step: which parameters are heads, which the trunk, and where the graphs meet."""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Parameter
+
+from gradbal._utils.dtensor import is_sharded
+from gradbal._utils.torch_private import LEAF
+from gradbal.graph.walk import (
+    Boundary,
+    Walk,
+    behind_sinks,
+    edges_into,
+    meeting_nodes,
+    nodes_below,
+    walk_graph,
+)
+
+Place = tuple[int, int]  # which module, which of its outputs
+
+
+class Marked(NamedTuple):
+    """An edge at a module's output, and the tasks above it as a bit set."""
+
+    edge: GradientEdge
+    place: Place
+    tasks: int
+
+
+@dataclass
+class Plan:
+    """What one batch of losses asks of the recorded graph; tasks are numbered as given.
+
+    Attributes:
+        roots: Where each task's loss stands in the graph.
+        tasks: The number of each task.
+        own: Per task, the parameters that are its alone.
+        above: Per task, the shared parameters that it reaches beside the trunk.
+        cut: Edges where the tasks' graphs meet; none lies below another.
+        trunk: Shared parameters below the cut.
+        marked: Edges that were marked with the tag.
+        reached: The tasks that reach each parameter in this graph, as a bit set.
+        sparse: Parameters whose gradients come out sparse.
+        foreign: How many reached parameters belong to no group of the optimizer.
+        one_node: Whether one node, possibly compiled, stands for what several tasks do.
+        hidden: Whether a reentrant checkpoint hides a part of the graph.
+        apart: Whether no pass from a loss to the cut meets a node of another's.
+        static: Whether DDP counts on one and the same backward pass in each step.
+        sharded: Whether the parameters are those of ``fully_shard``, which the graph does not show.
+        mixed: Whether several tasks use one leaf beside the region below the cut.
+        peers: How many processes work together on one part of the batch.
+    """
+
+    roots: list[GradientEdge]
+    tasks: list[int]
+    own: list[list[int]]
+    above: list[list[int]]
+    cut: Boundary
+    trunk: list[int] = field(default_factory=list)
+    marked: list[Marked] = field(default_factory=list)
+    reached: dict[int, int] = field(default_factory=dict)
+    sparse: set[int] = field(default_factory=set)
+    foreign: int = 0
+    one_node: bool = False
+    hidden: bool = False
+    apart: bool = True
+    static: bool = False
+    sharded: bool = False
+    mixed: bool = False
+    peers: int = 1
+
+
+def make_plan(
+    roots: Sequence[GradientEdge],
+    tasks: Sequence[int],
+    index: Mapping[int, int],
+    *,
+    known: Mapping[int, int] = MappingProxyType({}),
+    shared: Collection[int] | None = None,
+    tag: Hashable = None,
+) -> Plan:
+    """Find heads, cut and trunk.
+
+    A parameter is a leaf of the graph that the optimizer knows. It is shared if several tasks
+    reach it, now or in an earlier step.
+
+    Args:
+        roots: Where each present task's loss stands.
+        tasks: The number of each of these tasks.
+        index: Number of each parameter of the optimizer, by ``id``.
+        known: The tasks that reached a parameter in earlier steps, as a bit set.
+        shared: Numbers of the parameters to treat as shared; None to find them.
+        tag: The cut is to be at the edges that were marked with this key, see :func:`mark`;
+            None for where the tasks' graphs meet.
+    """
+    walk = walk_graph(roots, tasks)
+    sinks = walk.sinks
+    if sinks:
+        found = [behind_sinks((root.node, root.output_nr)) for root in roots]
+        roots = [GradientEdge(node, number) for node, number in found if node is not None]
+        walk = walk_graph(roots, tasks, behind=True)
+    marked = marked_edges(walk, tag)
+    common = {node for node, above in walk.tasks.items() if above & (above - 1)}  # of several tasks
+    region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
+    entries = meeting_nodes(walk, region, {root.node for root in roots})
+    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, roots, region)
+    compiled = [e.node for e in cut if type(e.node).__name__ == "CompiledFunctionBackward"]
+    plan = Plan(
+        roots=list(roots),
+        tasks=list(tasks),
+        own=[[] for _ in roots],
+        above=[[] for _ in roots],
+        cut=cut,
+        marked=marked,
+        one_node=any(several(walk.tasks[root.node]) for root in roots)
+        or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
+        hidden="CheckpointFunctionBackward" in walk.kinds,
+        apart=common <= region and not sinks,
+        static=any(sink.ddp_weakref().static_graph for sink in sinks),
+    )
+
+    def shares(number: int, reached: int) -> bool:
+        return several(reached | known.get(number, 0)) if shared is None else number in shared
+
+    _place_leaves(plan, walk, index, shares, region - entries)
+    return plan
+
+
+def _place_leaves(
+    plan: Plan,
+    walk: Walk,
+    index: Mapping[int, int],
+    shares: Callable[[int, int], bool],
+    below: set[Node],
+) -> None:
+    """Say of each parameter whether it is a task's own, above the cut or in the trunk.
+
+    Args:
+        plan: Where to note it.
+        walk: The graph.
+        index: Number of each parameter of the optimizer, by ``id``.
+        shares: Says whether a parameter is shared, given its number and the tasks that reach it.
+        below: The nodes below the cut.
+    """
+    position, sparse = {task: i for i, task in enumerate(plan.tasks)}, walk.sparse_leaves()
+    for node in walk.order:
+        if type(node) is not LEAF:
+            continue
+        variable = node.variable  # type: ignore[attr-defined]  # of AccumulateGrad
+        if type(variable) is not Parameter and is_sharded(variable):
+            plan.peers = max(plan.peers, variable.device_mesh.size())
+        plan.mixed |= node not in below and several(walk.tasks[node])
+        number = index.get(id(variable))
+        if number is None:
+            plan.foreign += 1
+            continue
+        reached = plan.reached[number] = walk.tasks[node]
+        if node in sparse:
+            plan.sparse.add(number)
+        is_shared = shares(number, reached)
+        if is_shared and node in below:
+            plan.trunk.append(number)
+        else:
+            place = plan.above if is_shared else plan.own
+            plan.apart &= node not in below
+            for task in members(reached):
+                place[position[task]].append(number)
+
+
+def several(tasks: int) -> bool:
+    """Say whether a bit set has more than one member."""
+    return tasks & (tasks - 1) != 0
+
+
+def members(tasks: int) -> list[int]:
+    """Return the members of a bit set, ascending."""
+    return [task for task in range(tasks.bit_length()) if tasks >> task & 1]
+
+
+def mark(output: object, tag: Hashable, module: int) -> None:
+    """Mark the graph where a module's output stands; the mark lives and dies with the graph."""
+    for number, tensor in enumerate(tensors_in(output)):
+        if tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            _metadata(edge.node).setdefault(tag, {})[edge.output_nr] = (module, number)
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and mappings, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [tensor for branch in tree for tensor in tensors_in(branch)]
+    return []
+
+
+def _metadata(node: Node) -> dict[Hashable, dict[int, Place]]:
+    """Return the dict that every node carries (torch's stub calls it a method)."""
+    return node.metadata  # type: ignore[return-value]
+
+
+def marked_edges(walk: Walk, tag: Hashable) -> list[Marked]:
+    """Return the marked edges in the graph, in the order of the walk."""
+    if tag is None:
+        return []
+    return [
+        Marked(GradientEdge(node, output), place, walk.tasks[node])
+        for node in walk.order
+        for output, place in _metadata(node).get(tag, {}).items()
+    ]

@@ -1,0 +1,1 @@
+"""Task gradients: the passes that compute them (loop, vmap, factored), and how they are kept."""

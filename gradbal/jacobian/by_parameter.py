@@ -1,0 +1,36 @@
+"""Task gradients as they are accumulated: one tensor for each parameter and task."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from gradbal.jacobian.pull import Rows
+from gradbal.jacobian.unformed import Product
+
+ByParameter = dict[int, dict[int, Tensor]]  # parameter -> task -> gradient
+
+
+class RowsByParameter:
+    """Keep each gradient as a tensor of its own, so that it can be added to those of other pieces.
+
+    Args:
+        tasks: Numbers of the tasks.
+        reached: The tasks that reach each parameter, as a bit set.
+    """
+
+    def __init__(self, tasks: Sequence[int], reached: Mapping[int, int]) -> None:
+        self.tasks, self.reached = tasks, reached
+        self.rows: ByParameter = {}
+
+    def take(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Keep the gradients of some tasks for some parameters."""
+        at = rows.tasks
+        chunk = at if isinstance(at, slice) else slice(at, at + 1)
+        tasks = self.tasks[chunk]
+        for number, grad in zip(numbers, rows.grads, strict=True):
+            if grad is not None:
+                for i, task in enumerate(tasks):
+                    if self.reached[number] >> task & 1:  # a batched pass gives zeros to others
+                        row = grad[i] if chunk is at else grad
+                        row = row.to_dense() if isinstance(row, Product) else row
+                        self.rows.setdefault(number, {})[task] = row

@@ -1,0 +1,1 @@
+"""Experiments: problems, models, training, comparisons, demo; the library imports none of it."""

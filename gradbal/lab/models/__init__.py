@@ -1,0 +1,1 @@
+"""Models of the experiments: encoders in stages, heads, and the architectures that share them."""

@@ -1,0 +1,1 @@
+"""The two-parameter toy problem of CAGrad, Nash-MTL and FAMO."""

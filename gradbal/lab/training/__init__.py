@@ -1,0 +1,1 @@
+"""Training of a run, resuming from a file of finished runs, and summaries over seeds."""

@@ -1,0 +1,1 @@
+"""Being a torch optimizer: the wrapper, and several base optimizers as one."""

@@ -1,0 +1,115 @@
+"""The form in which a core is saved."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gradbal._utils.dtensor import part_of, whole_of
+from gradbal.step.accumulate import Pending
+from gradbal.step.trees import cloned
+
+VERSION = 1
+KEYS = ("version", "rule", "tasks", "step", "generator", "state", "pending", "choice")
+
+
+def contents(core: Any) -> dict[str, Any]:  # a Core; this module lies below it
+    """Return all that a core must remember, in sections.
+
+    Raises:
+        RuntimeError: If every process has only its own part of it.
+    """
+    if core.pending and core.n_processes > 1:
+        raise RuntimeError(
+            "Checkpoint: gradients were put aside with `accumulate`, and each process has its own; "
+            "save after the step that uses them, or call `discard()` first."
+        )
+    tasks = {"names": core.names, "numbered": core.numbered, "sets": core.sets}
+    step = {"solved": core.solved, "skipped": core.skipped, "age": core.age}
+    buffers = {
+        number: {
+            name: whole_of(tensor, core.shards.get(number), len(core.row_axes[name]))
+            for name, tensor in kept.items()
+        }
+        for number, kept in core.buffers.items()
+    }
+    state = {"groups": core.state, "buffers": buffers, "held": core.held, "slopes": core.slopes}
+    parts = core.pending
+    pending = {"rows": parts.rows, "losses": parts.losses, "aux": parts.aux}
+    waiting = {"decided": sorted(core.decided), "awaiting": sorted(core.awaiting)}
+    device = str(core.generator.device)
+    generator = {"seed": core.seed, "device": device, "state": core.generator.get_state()}
+    return {
+        "version": VERSION,
+        "rule": core.rule.kind,
+        "tasks": cloned(tasks),
+        "step": {**step, "epoch": core.epoch.clone()},
+        "generator": generator,
+        "state": cloned(state),
+        "pending": {**cloned(pending), **waiting},
+        "choice": cloned(core.choice),
+    }
+
+
+def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
+    """Let a core remember what another one did, see :func:`contents`."""
+    loaded = opened(state_dict)
+    tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
+    state, pending = loaded["state"], loaded["pending"]
+    core.names, core.numbered, core.sets = tasks["names"], tasks["numbered"], tasks["sets"]
+    core.solved, core.skipped, core.age = step["solved"], step["skipped"], step["age"]
+    core.epoch, core.seed = step["epoch"], generator["seed"]
+    core.generator = torch.Generator(generator["device"])
+    core.generator.set_state(generator["state"].cpu())
+    core.state, core.held, core.slopes = state["groups"], state["held"], state["slopes"]
+    core.buffers = {
+        number: {
+            name: part_of(tensor, core.shards.get(number), len(core.row_axes[name]))
+            for name, tensor in kept.items()
+        }
+        for number, kept in state["buffers"].items()
+    }
+    core.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
+    core.decided, core.awaiting = set(pending["decided"]), set(pending["awaiting"])
+    core.choice = loaded["choice"]
+
+
+def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Make every section a tuple of one.
+
+    ``torch.distributed.checkpoint`` takes a tuple as one value, while of a dict it would fill only
+    what a fresh object has already.
+    """
+    return {key: (part,) if isinstance(part, dict) else part for key, part in contents.items()}
+
+
+def opened(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with the sections open."""
+    parts = {key: v[0] if isinstance(v, tuple) else v for key, v in state_dict.items()}
+    found: dict[str, Any] = cloned(parts)
+    return found
+
+
+def verify(state_dict: Mapping[str, Any], rule: str) -> None:
+    """Say whether a checkpoint fits.
+
+    Raises:
+        ValueError: If it was written by a newer version or for another rule.
+    """
+    keys = set(state_dict) if isinstance(state_dict, Mapping) else set()
+    missing = sorted(set(KEYS) - keys)
+    if missing:
+        raise ValueError(
+            "Checkpoint: expected what `core.state_dict()` gave, but there is no "
+            f"{', '.join(missing)}; load a checkpoint of this optimizer."
+        )
+    if state_dict["version"] > VERSION:
+        raise ValueError(
+            f"Checkpoint: written by version {state_dict['version']} of the state, this release "
+            f"reads up to {VERSION}; install a newer gradbal."
+        )
+    if state_dict["rule"] != rule:
+        raise ValueError(
+            f"Checkpoint: holds the state of the rule {state_dict['rule']}, this optimizer has "
+            f"{rule}; build it with the same rule."
+        )

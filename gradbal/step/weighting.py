@@ -1,0 +1,322 @@
+"""From what was found to weights: where the optimizer meets the rule."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradbal.distributed import ALONE, Processes
+from gradbal.graph.parameters import MODEL
+from gradbal.rules._base import (
+    Closure,
+    Context,
+    Direction,
+    GradientRule,
+    LossRule,
+    Probed,
+    Rule,
+    WeightRule,
+    Weights,
+    no_probe,
+)
+from gradbal.solvers.gram import by_batch, total_gram, total_vector
+from gradbal.step.finite import Survey
+from gradbal.step.record import StepRecord
+from gradbal.step.state import Core
+
+Rows = Callable[[str], Mapping[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How weights are applied.
+
+    Attributes:
+        scale: ``"sum"`` brings mean-like rules to the length of the summed gradient.
+        heads: ``"plain"``, ``"weighted"``, or None for the rule's own way.
+        capturable: Whether nothing may be read back.
+    """
+
+    scale: str = "native"
+    heads: str | None = None
+    capturable: bool = False
+
+    def factor(self, rule: Rule, n_tasks: int) -> int:
+        """Return what the rule's weights are multiplied by."""
+        return n_tasks if self.scale == "sum" and rule.scale == "mean" else 1
+
+    def split(self, rule: Rule, result: Tensor | Weights) -> tuple[Tensor, Tensor | None]:
+        """Return the weights on shared parameters, and those on heads or None for plain."""
+        shared, heads = result if isinstance(result, Weights) else (result, None)
+        factor = self.factor(rule, len(shared))
+        shared = shared if factor == 1 else shared * factor
+        if self.heads == "plain":
+            return shared, None
+        if heads is not None:
+            return shared, heads
+        return shared, shared if (self.heads or rule.heads) == "weighted" else None
+
+    def split_direction(
+        self,
+        rule: Rule,
+        result: Sequence[Tensor] | Direction,
+        n_tasks: int,
+        scale: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return a direction brought to length, and the weights on heads or None for plain."""
+        shared, heads = result if isinstance(result, Direction) else (result, None)
+        factor = self.factor(rule, n_tasks)
+        if scale is not None:
+            shared = [part * (factor * scale) for part in shared]
+        elif factor != 1:
+            shared = [part * factor for part in shared]
+        return shared, None if self.heads == "plain" else heads
+
+
+@dataclass
+class Part:
+    """Some of the present tasks."""
+
+    tasks: Sequence[int]
+    positions: Sequence[int]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.numbers = [self.tasks[i] for i in self.positions]
+        self.whole = len(self.positions) == len(self.tasks)
+        self.index = None if self.whole else torch.tensor(self.positions, device=self.device)
+
+    def pick(self, vector: Tensor) -> Tensor:
+        return vector if self.index is None else vector[self.index]
+
+    def pick_square(self, matrix: Tensor) -> Tensor:
+        return matrix if self.index is None else matrix[..., self.index[:, None], self.index]
+
+    def spread(self, vector: Tensor, default: float) -> Tensor:
+        if self.index is None:
+            return vector
+        return vector.new_full((len(self.tasks),), default).index_copy(0, self.index, vector)
+
+
+@dataclass
+class Decision:
+    """What a rule made of one batch.
+
+    Attributes:
+        shared: Weights on the shared parameters of each group, shape ``[m]``; zero for tasks
+            that do not reach the group.
+        heads: Weights on task-specific parameters, shape ``[m]``; None for plain gradients.
+        direction: For elementwise rules the direction itself, by parameter.
+        grams: The Gram matrix of each group, over the tasks that reach it.
+        contexts: For each group the numbers of these tasks and the context to commit.
+        parameters: For each group those whose gradients an elementwise rule has seen.
+        reused: Whether the rule was not asked.
+    """
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    heads: Tensor | None = None
+    direction: dict[int, Tensor] | None = None
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    contexts: dict[str, tuple[list[int], Context]] = field(default_factory=dict)
+    parameters: dict[str, list[int]] = field(default_factory=dict)
+    reused: bool = False
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether one ordinary pass over the weighted losses gives all gradients."""
+        return self.heads is not None and self.heads is self.shared.get(MODEL)
+
+    def weigh(self, group: str, part: Part, shared: Tensor, heads: Tensor | None) -> None:
+        """Take the weights of some of the tasks on a group and on their heads."""
+        self.shared[group] = part.spread(shared, 0.0)
+        if heads is shared and part.whole:
+            self.heads = self.shared[group]
+        else:
+            self.weigh_heads(part, heads)
+
+    def weigh_heads(self, part: Part, heads: Tensor | None) -> None:
+        """Take the weights of some of the tasks on their heads, None for plain gradients."""
+        if heads is not None:
+            self.heads = part.spread(heads, 1.0)
+
+    def point(self, rows: Mapping[int, Tensor], found: Sequence[Tensor]) -> None:
+        """Take a direction, in the dtypes of the rows that it was made of."""
+        pairs = zip(rows.items(), found, strict=True)
+        new = {number: part.to(row.dtype) for (number, row), part in pairs}
+        self.direction = {**(self.direction or {}), **new}
+
+    def bad_weights(self) -> list[int]:
+        """Return the positions of tasks whose weights, on any group or head, are NaN or inf."""
+        vectors = [*self.shared.values()]
+        if self.heads is not None and not self.in_one_pass:
+            vectors.append(self.heads)
+        numbers = [vector.tolist() for vector in vectors]
+        return sorted({i for row in numbers for i, x in enumerate(row) if not math.isfinite(x)})
+
+    def commit(self, core: Core) -> None:
+        """Let the core keep what the rule has changed."""
+        if self.reused:
+            core.age += 1
+            return
+        for group, (tasks, ctx) in self.contexts.items():
+            core.commit(group, tasks, ctx, self.parameters.get(group, ()))
+        core.solved += bool(self.contexts)
+        core.age = 0
+
+    def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
+        """Return what diagnostics will want to see."""
+        weights = list(self.shared.values())
+        several = torch.stack(weights) if len(weights) > 1 else None
+        members = {
+            group: [i for i, name in enumerate(names) if name in ctx.names]
+            for group, (_, ctx) in self.contexts.items()
+        }
+        return StepRecord(
+            tasks=tuple(names),
+            losses=seen.losses,
+            weights=weights[0] if len(weights) == 1 else several,
+            heads=self.heads,
+            grams=self.grams,
+            members=members,
+            stats={group: dict(ctx.stats) for group, (_, ctx) in self.contexts.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a rule may look at beside Gram matrices and losses.
+
+    Attributes:
+        eps: Relative rounding error of the Gram matrices.
+        rows: Gives the task gradients of a group, by parameter, for gradient rules.
+        scale: Factor by which these were multiplied.
+        n_batches: Number of batches whose task gradients are there.
+        more: A closure, or None for task gradients, for each batch after the first.
+        probe: Looks at the losses of a closure at other parameters, given the group's.
+        lr: Learning rate of what the rule learns.
+        base_lr: Learning rate of the model.
+        shards: Parameters, by number, of which this process may hold a part only.
+        processes: Which hold parts of the rows.
+    """
+
+    eps: float = torch.finfo(torch.float64).eps
+    rows: Rows | None = None
+    scale: Tensor | None = None
+    n_batches: int = 1
+    more: Sequence[Closure | None] = ()
+    probe: Callable[..., Probed] = no_probe
+    lr: float | Tensor = 0.0
+    base_lr: float | Tensor = 0.0
+    shards: Mapping[int, Tensor] = field(default_factory=dict)
+    processes: Processes = ALONE
+
+
+def decide(
+    core: Core,
+    policy: Policy,
+    tasks: Sequence[int],
+    members: Mapping[str, Sequence[int]],
+    seen: Survey,
+    sight: Sight = Sight(),  # frozen
+) -> Decision:
+    """Ask the rule, once for each group.
+
+    Args:
+        core: The state; it changes only when the decision is committed.
+        policy: How weights are applied.
+        tasks: Numbers of the present tasks.
+        members: For each group the positions of the tasks that reach it.
+        seen: Gram matrices and losses.
+        sight: What else the rule may look at.
+    """
+    rule, decision = core.rule, Decision()
+    if not isinstance(rule, WeightRule | GradientRule):
+        raise TypeError(f"{type(rule).__name__}: must be a LossRule, GramRule or GradientRule.")
+    if isinstance(rule, LossRule):
+        members = {MODEL: range(len(tasks))}
+    for group, positions in members.items():
+        part = Part(tasks, positions, seen.losses.device)
+        ctx = core.context(
+            group,
+            part.numbers,
+            part.pick(seen.losses),
+            values=None if seen.values is None else [seen.values[i] for i in positions],
+            capturable=policy.capturable,
+            eps=sight.eps,
+            lr=sight.lr,
+            base_lr=sight.base_lr,
+            shards=sight.shards,
+        )
+        decision.contexts[group] = (part.numbers, ctx)
+        if group in seen.grams:
+            blocks = part.pick_square(by_batch(seen.grams[group], sight.n_batches))
+            ctx.cross = blocks if sight.n_batches > 1 else None
+            decision.grams[group] = blocks[0, 0]
+        if isinstance(rule, GradientRule):
+            stacks = sight.rows(group) if sight.rows else {}
+            decision.parameters[group] = list(stacks)
+            result = _ask(rule, part, stacks, core, ctx, sight)
+        else:
+            signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
+            result = rule.weights(signal, ctx)
+        if isinstance(result, Tensor | Weights):
+            decision.weigh(group, part, *policy.split(rule, result))
+        else:
+            found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
+            decision.point(stacks, found)
+            decision.weigh_heads(part, heads)
+    return decision
+
+
+def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
+    """Remember the weights of a decision, for steps that reuse them."""
+    if decision.reused or MODEL not in decision.shared:
+        return
+    shared = decision.shared[MODEL]
+    index = torch.tensor(tasks, device=shared.device)
+    whole = shared.new_zeros(len(core.names))
+    core.held = {
+        "tasks": list(tasks),
+        "shared": whole.index_copy(0, index, shared),
+        "one pass": decision.in_one_pass,
+    }
+    if decision.heads is not None:
+        core.held["heads"] = whole.index_copy(0, index, decision.heads)
+
+
+def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
+    """Return the held weights for these tasks, or None if they do not cover them all."""
+    held = core.held
+    if not held or not set(tasks) <= set(held["tasks"]):
+        return None
+    index = torch.tensor(tasks, device=held["shared"].device)
+    shared = held["shared"][index]
+    heads = held["heads"][index] if "heads" in held else None
+    return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)
+
+
+def _ask(
+    rule: GradientRule,
+    part: Part,
+    stacks: Mapping[int, Tensor],
+    core: Core,
+    ctx: Context,
+    sight: Sight,
+) -> Sequence[Tensor] | Direction | Tensor | Weights:
+    """Ask a gradient rule, which must not see the factor on the gradients."""
+    m = len(part.tasks)
+    whole = [stack if sight.scale is None else stack / sight.scale for stack in stacks.values()]
+    batches = [
+        [part.pick(stack[m * b : m * b + m]) for stack in whole] for b in range(sight.n_batches)
+    ]
+    grads, further = batches[0], iter(batches[1:])
+    ctx.more = [next(further) if closure is None else closure for closure in sight.more]
+    host, numbers = not ctx.capturable, list(stacks)
+    ctx.gram = partial(sight.processes.total, numbers, partial(total_gram, host=host))
+    ctx.total = partial(sight.processes.total, numbers, partial(total_vector, host=host))
+    ctx.probe = partial(sight.probe, list(stacks))
+    ctx.buffers = core.buffers_for(dict(zip(stacks, grads, strict=True)), part.numbers)
+    return rule.direction(grads, list(stacks), ctx)
