@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 from digits import EPOCHS, Net, accuracies, batches, losses_of, report
-from gradbal.lab.demo.data import two_digits
 from torch.nn.parallel import DistributedDataParallel
 
 import gradbal
+from gradbal.lab.demo.data import two_digits
 
 dist.init_process_group("gloo")  # on GPUs "nccl", and each process moves all to its own
 rank, size = dist.get_rank(), dist.get_world_size()

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Iterator, Mapping
 
 import torch
-from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
 from torch import Tensor, nn
 
 import gradbal
+from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 BATCH = 50  # pictures, in all processes together

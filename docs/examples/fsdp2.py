@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 from digits import EPOCHS, Net, accuracies, batches, losses_of, report
-from gradbal.lab.demo.data import two_digits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradbal
+from gradbal.lab.demo.data import two_digits
 
 dist.init_process_group("gloo")  # on GPUs "nccl", a mesh of "cuda", and each process moves data
 rank, size = dist.get_rank(), dist.get_world_size()
