@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from more_cases import (
     MeanHead,
     Residual,
@@ -577,3 +578,18 @@ def test_a_layer_of_tasks_alone_says_what_to_do() -> None:
     model = adapted(film("4"))
     with pytest.raises(RuntimeError, match=r"^Adapted: a layer with modules of tasks must run"):
         model.encoder(picture())
+
+
+def test_a_checkpoint_cannot_recompute_what_is_of_a_task() -> None:
+    class Saved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    model = Adapted(Saved(), {"a": nn.Identity()}, [lora(2)])
+    y = model(normal(2, 3))["a"]
+    with pytest.raises(RuntimeError, match=r"^Adapted: a layer with modules of tasks must run"):
+        y.sum().backward()
