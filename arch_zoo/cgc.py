@@ -1,13 +1,11 @@
 """CGC: shared experts beside experts of each task."""
 
-from collections.abc import Mapping
 from functools import partial
 
-from torch import nn
-
-from arch_zoo.encoders import Encoder, Factory
-from arch_zoo.expert_model import ExpertModel
+from arch_zoo.encoders import Encoder
+from arch_zoo.expert_model import Counts, ExpertModel, Experts
 from arch_zoo.gates import POOLED, Gate, SoftmaxGate
+from arch_zoo.model import Heads
 
 
 class CGC(ExpertModel):
@@ -20,7 +18,7 @@ class CGC(ExpertModel):
     to the tasks' own experts.
 
     Args:
-        expert: A factory of experts.
+        expert: A factory of experts, or a mapping with one for each task and one for ``"shared"``.
         heads: One module per task, which reads the mixture.
         num_shared: Experts that all tasks mix; may be zero.
         num_specific: Experts of each task, one number or one for each task; may be zero.
@@ -35,6 +33,7 @@ class CGC(ExpertModel):
         Tang et al., Progressive Layered Extraction, RecSys 2020, its building block.
 
     Example:
+        >>> from torch import nn
         >>> heads = {"click": nn.Linear(8, 1), "buy": nn.Linear(8, 1)}
         >>> model = CGC(lambda: nn.Linear(4, 8), heads, num_shared=2, num_specific=1)
         >>> sum(p.numel() for p in model.shared_parameters()) == 2 * (4 * 8 + 8)
@@ -43,11 +42,11 @@ class CGC(ExpertModel):
 
     def __init__(
         self,
-        expert: Factory,
-        heads: Mapping[str, nn.Module],
+        expert: Experts,
+        heads: Heads,
         *,
         num_shared: int,
-        num_specific: int | Mapping[str, int],
+        num_specific: Counts,
         gate: Gate = POOLED,
         stem: Encoder | None = None,
     ) -> None:

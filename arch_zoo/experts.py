@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from arch_zoo.encoders import Factory, module_of, parts_of
+from arch_zoo.encoders import CHAINED, Factory, module_of, parts_of
+from arch_zoo.inputs import call, joint, taken_by
 from arch_zoo.tensors import stack
 
 ELEMENTWISE = (
@@ -73,13 +75,35 @@ class ExpertBank(nn.Module):
         self.backend = backend
         self.experts = nn.ModuleList(modules) if backend == "loop" else _stacked(modules)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of all experts, shape ``[batch, n, ...]``.
+    @property
+    def takes(self) -> frozenset[str] | None:
+        """Names of inputs that some expert takes."""
+        return joint(parts_of(self.experts) if self.backend == "loop" else [self.experts])
+
+    @property
+    def starts_equal(self) -> bool:
+        """Whether all experts hold the same numbers now, as copies of a pretrained one do."""
+        tensors = [_state(module) for module in self.to_modules()] if self.n > 1 else []
+        known = [v for state in tensors for v in state.values()]
+        if not known or any(is_lazy(value) or value.is_meta for value in known):
+            return False
+        first = tensors[0]
+        return all(
+            other.keys() == first.keys() and all(_equal(other[k], first[k]) for k in first)
+            for other in tensors[1:]
+        )
+
+    def forward(self, x: Any = None, **named: Any) -> Any:
+        """Return the outputs of all experts, shape ``[batch, n, ...]``; structures leaf by leaf.
+
+        Args:
+            x: What all experts read.
+            named: Inputs by name, for experts whose ``forward`` names them.
 
         Raises:
             ValueError: If their shapes disagree.
         """
-        return RUNS[self.backend](self.experts, x, self.n)
+        return RUNS[self.backend](self.experts, x, self.n, named)
 
     def to_modules(self) -> list[nn.Module]:
         """Return the experts as modules of their own, copied; the way to another backend."""
@@ -92,12 +116,12 @@ class ExpertBank(nn.Module):
         return modules
 
 
-def _loop(experts: nn.Module, x: Tensor, n: int) -> Tensor:
-    outputs = {f"expert {i}": expert(x) for i, expert in enumerate(parts_of(experts))}
+def _loop(experts: nn.Module, x: Any, n: int, named: dict[str, Any]) -> Any:
+    outputs = {f"expert {i}": call(e, x, named) for i, e in enumerate(parts_of(experts))}
     return stack("ExpertBank", "the outputs of all experts", outputs)
 
 
-def _bmm(experts: nn.Module, x: Tensor, n: int) -> Tensor:
+def _bmm(experts: nn.Module, x: Tensor, n: int, named: dict[str, Any]) -> Tensor:
     h = x.reshape(-1, x.shape[-1]).expand(n, -1, -1)
     for layer in _layers(experts) or ():
         if not isinstance(layer, nn.Linear):
@@ -109,21 +133,25 @@ def _bmm(experts: nn.Module, x: Tensor, n: int) -> Tensor:
     return h.reshape(n, *x.shape[:-1], -1).transpose(0, 1)
 
 
-def _vmap(experts: nn.Module, x: Tensor, n: int) -> Tensor:
+def _vmap(experts: nn.Module, x: Tensor, n: int, named: dict[str, Any]) -> Any:
     state = _state(experts)
+    taken = taken_by(experts, named)
 
-    def run(state: dict[str, Tensor]) -> Tensor:
-        output: Tensor = functional_call(experts, state, (x,))
-        return output
+    def run(state: dict[str, Tensor]) -> Any:
+        return functional_call(experts, state, (x,), taken)
 
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point():
         x = x.to(next(experts.parameters()).dtype)
     with torch.autocast(kind, enabled=False):  # autocast misses convolutions inside vmap
+        if torch.compiler.is_exporting():  # which does not see through vmap
+            singles = [run({name: v[i] for name, v in state.items()}) for i in range(n)]
+            outputs = {f"expert {i}": single for i, single in enumerate(singles)}
+            return stack("ExpertBank", "the outputs of all experts", outputs)
         return torch.vmap(run, out_dims=1, randomness="different")(state)
 
 
-RUNS: dict[str, Callable[[nn.Module, Tensor, int], Tensor]] = {
+RUNS: dict[str, Callable[[nn.Module, Any, int, dict[str, Any]], Any]] = {
     "loop": _loop,
     "bmm": _bmm,
     "vmap": _vmap,
@@ -152,7 +180,7 @@ def _layers(module: nn.Module) -> list[nn.Module] | None:
     """Return the layers of a perceptron, or None for any other module."""
     if type(module) is nn.Linear or type(module) in ELEMENTWISE:
         return [module]
-    if type(module) is not nn.Sequential:
+    if not isinstance(module, nn.Sequential) or type(module).forward not in CHAINED:
         return None
     parts = [_layers(child) for child in module]
     return None if None in parts else [layer for part in parts for layer in part or ()]
@@ -182,6 +210,10 @@ def _stacked(modules: list[nn.Module]) -> nn.Module:
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one, other))
 
 
 def _assign(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:

@@ -1,18 +1,21 @@
 """Hard parameter sharing: one encoder for all tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from arch_zoo.encoders import Encoder, module_of
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
+from arch_zoo.inputs import Inputs, call
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
+from arch_zoo.tensors import leaves_of, views_of
 
 
 class HPS(MultiTaskModel):
     r"""Every head reads the same features: :math:`y_t = h_t(f(x))`.
 
-    With one batch per task the encoder runs once per batch, so its norm layers see, and count, the
-    batches one by one.
+    Features may be any structure of tensors, such as a pyramid of maps; ``Features.shared`` holds
+    its tensors. With one batch per task the encoder runs once per batch, so its norm layers see,
+    and count, the batches one by one.
 
     Args:
         encoder: The shared encoder: a module, a list of stages, or a factory.
@@ -34,16 +37,23 @@ class HPS(MultiTaskModel):
         ['buy', 'click']
     """
 
-    def __init__(self, encoder: Encoder, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, encoder: Encoder, heads: Heads) -> None:
         super().__init__(heads)
         self.encoder = module_of(self._owner, "encoder", encoder)
 
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
-        return self.by_batch(self._encode, tasks, x)
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
+        return self.by_batch(self._encode, tasks, x, named)
 
     def reach(self) -> Reach:
-        yield self.encoder, self.tasks
+        yield self.encoder, self.streams
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor) -> Features:
-        z = self.encoder(x)
-        return Features(shared=(z,), per_task=dict.fromkeys(tasks, z), aux={})
+    def receivers(self) -> Iterator[nn.Module]:
+        yield self.encoder
+
+    def _encode(self, streams: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
+        z = call(self.encoder, x, named)
+        if not isinstance(z, Tensor):
+            z = views_of(z)  # parts of it may lie on the way to others
+        return Features(shared=leaves_of(z), per_task=dict.fromkeys(streams, z), aux={})

@@ -1,21 +1,22 @@
 """A level of shared and private experts, with the gates that mix them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from arch_zoo.experts import ExpertBank
-from arch_zoo.tensors import mix
+from arch_zoo.tensors import add, leaves_of, mix
 
 
 class LevelOutput(NamedTuple):
     """Streams of the tasks, the shared stream, outputs of shared experts, auxiliary losses."""
 
-    streams: dict[str, Tensor]
-    shared: Tensor | None
-    experts: tuple[Tensor, ...]
+    streams: dict[str, Any]
+    shared: Any
+    experts: tuple[Any, ...]
     aux: dict[str, Tensor]
 
 
@@ -49,43 +50,50 @@ class Level(nn.Module):
 
     def forward(
         self,
-        streams: Mapping[str, Tensor],
-        shared: Tensor | None,
+        streams: Mapping[str, Any],
+        shared: Any,
         tasks: Sequence[str],
-        read: Callable[[Tensor], Tensor],
+        read: Callable[[Any], Tensor],
+        named: Mapping[str, Any],
+        separate: bool,
     ) -> LevelOutput:
         """Run the experts of all given streams and the gates of some tasks.
 
         Args:
             streams: Inputs of the tasks whose experts run.
-            shared: Input of the shared experts; without, they read each task's stream.
+            shared: Input of the shared experts.
             tasks: Those whose streams go on.
             read: What gates see of a stream.
+            named: Inputs of the batch by name, for experts that take some.
+            separate: Shared experts read each task's stream instead.
         """
         own = {
-            name: (self.specific[name](x),) for name, x in streams.items() if name in self.specific
+            name: (self.specific[name](x, **named),)
+            for name, x in streams.items()
+            if name in self.specific
         }
-        common = () if shared is None else self._common(shared)
-        mixed: dict[str, Tensor] = {}
+        common = () if separate else self._common(shared, named)
+        mixed: dict[str, Any] = {}
         aux: dict[str, Tensor] = {}
         for name in tasks:
-            banks = own.get(name, ()) + (self._common(streams[name]) if shared is None else common)
+            theirs = self._common(streams[name], named) if separate else common
+            banks = own.get(name, ()) + theirs
             weights, penalty = self.gates[name](read(streams[name]))
             mixed[name] = _blend(weights, banks)
             if penalty is not None:
                 aux[name] = penalty
         following = None
-        if self.shared_gate is not None and shared is not None:
+        if self.shared_gate is not None and not separate:
             weights, _ = self.shared_gate(read(shared))
             following = _blend(weights, (*(bank for (bank,) in own.values()), *common))
         return LevelOutput(mixed, following, common, aux)
 
-    def _common(self, x: Tensor) -> tuple[Tensor, ...]:
-        return () if self.shared is None else (self.shared(x),)
+    def _common(self, x: Any, named: Mapping[str, Any]) -> tuple[Any, ...]:
+        return () if self.shared is None else (self.shared(x, **named),)
 
 
-def _blend(weights: Tensor, banks: Sequence[Tensor]) -> Tensor:
-    """Mix banks ``[batch, n_i, ...]`` with weights ``[batch, sum of n_i]``."""
-    shares = torch.split(weights, [bank.shape[1] for bank in banks], dim=1)
+def _blend(weights: Tensor, banks: Sequence[Any]) -> Any:
+    """Mix banks ``[batch, n_i, ...]`` with weights ``[batch or 1, sum of n_i]``."""
+    shares = torch.split(weights, [leaves_of(bank)[0].shape[1] for bank in banks], dim=1)
     parts = [mix("be", share, bank) for share, bank in zip(shares, banks, strict=True)]
-    return sum(parts[1:], start=parts[0])
+    return reduce(add, parts)

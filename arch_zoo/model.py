@@ -3,15 +3,19 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from arch_zoo.decoders import Decoded, Decoder, Result
+from arch_zoo.inputs import Inputs, OneBatch, call, check_taken, is_per_task, same, taken_by
+
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+Heads: TypeAlias = Mapping[str, nn.Module] | Decoder
 Reach: TypeAlias = Iterator[tuple[nn.Module | nn.Parameter, Collection[str]]]
 
 
@@ -22,13 +26,16 @@ class Features(NamedTuple):
         shared: The cut where the gradients of the tasks meet, none of its tensors upstream of
             another; empty where the architecture has no such cut. With one batch per task, the
             tensors of all batches one after the other.
-        per_task: What each head reads.
+        per_task: What the head of each task reads, a tensor or a structure of tensors; with a
+            :class:`Decoder` the streams of the task's batch, by name.
         aux: Auxiliary losses by name, each without dimensions; they are no tasks.
+        named: By task the named inputs of its batch, for heads that take some.
     """
 
     shared: tuple[Tensor, ...]
-    per_task: dict[str, Tensor]
+    per_task: dict[str, Any]
     aux: dict[str, Tensor]
+    named: Mapping[str, Mapping[str, Any]] = {}
 
 
 class MultiTaskModel(nn.Module, ABC):
@@ -37,15 +44,26 @@ class MultiTaskModel(nn.Module, ABC):
     An architecture implements :meth:`encode`, which most delegate to :meth:`by_batch`, and
     :meth:`reach`. A forward pass leaves nothing on the model but the statistics of norm layers.
 
+    ``model(x)`` is one batch for all tasks: a tensor, a dict of features, a graph, whatever the
+    encoder reads. ``model({"depth": x1, "normal": x2})`` and ``model(PerTask(...))`` are one batch
+    per task. Named inputs, ``model(x, attention_mask=m)`` or ``model(**tokens)``, go to every
+    stage, gate and head whose ``forward`` names them. Reserved names are `x`, `tasks`,
+    `return_aux` and `full`.
+
     Args:
-        heads: One module per task; it reads what the architecture hands to this task.
+        heads: One module per task, which reads what the architecture hands to this task; or a
+            :class:`Decoder`, whose heads read the features of other tasks, too.
 
     Raises:
         ValueError: If there is no task, or one whose name cannot name a submodule.
     """
 
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, heads: Heads) -> None:
         super().__init__()
+        self.heads: nn.ModuleDict | Decoder
+        if isinstance(heads, Decoder):
+            self.heads = heads
+            return
         names = list(heads.keys())
         if not names:
             raise ValueError(f"{self._owner}: `heads` must name at least one task, got none.")
@@ -61,28 +79,45 @@ class MultiTaskModel(nn.Module, ABC):
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the heads."""
-        return tuple(self.heads.keys())
+        return self.heads.tasks if isinstance(self.heads, Decoder) else tuple(self.heads.keys())
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of what the encoder computes: the tasks, unless a decoder asks for others."""
+        return self.heads.streams if isinstance(self.heads, Decoder) else tuple(self.heads.keys())
 
     @abstractmethod
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
         """Compute what the heads read.
 
         Args:
-            x: One batch for all tasks, or a mapping of tasks to batches, of any sizes.
+            x: One batch for all tasks, or a mapping of tasks to batches, of any sizes; may be left
+                out where the first stage takes named inputs only.
             tasks: The tasks to compute; by default those of the mapping, or all.
+            named: Further inputs by name, given like `x`.
 
         Returns:
             Features of these tasks, without work that only others need.
 
         Raises:
             ValueError: If a task is unknown or has no batch.
+            TypeError: If nothing takes a named input.
         """
 
     @abstractmethod
     def reach(self) -> Reach:
-        """Yield parts of the encoder with the tasks whose losses they reach in training mode."""
+        """Yield parts of the encoder with the streams through whose heads a loss reaches them.
 
-    def decode(self, feats: Features, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        These are the tasks where each head reads its own stream. It holds in training mode.
+        """
+
+    def receivers(self) -> Iterator[nn.Module]:
+        """Yield the modules of the encoder that are handed the named inputs they take."""
+        return iter(())
+
+    def decode(self, feats: Features, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Apply the heads.
 
         Args:
@@ -95,40 +130,57 @@ class MultiTaskModel(nn.Module, ABC):
         Raises:
             ValueError: If a task was not encoded.
         """
-        names = self._among(tuple(feats.per_task), "tasks", tasks)
-        return {name: self.heads[name](feats.per_task[name]) for name in names}
+        return self._decode(feats, tasks).outputs
 
     def forward(
         self,
-        x: Inputs,
+        x: Inputs = None,
         tasks: Sequence[str] | None = None,
         *,
         return_aux: bool = False,
-        **given: Any,  # further inputs that an architecture's `encode` names
-    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]:
+        full: bool = False,
+        **named: Inputs,
+    ) -> Any:
         """Encode and decode.
 
         Args:
             x: As in :meth:`encode`.
             tasks: As in :meth:`encode`.
             return_aux: Also return the auxiliary losses.
-            given: Further inputs of :meth:`encode`, by name.
+            full: Return all of :class:`Result`.
+            named: As in :meth:`encode`.
 
         Returns:
             Outputs by task; with ``return_aux`` a pair of them and the auxiliary losses by name.
         """
-        feats = self.encode(x, tasks, **given)
-        outputs = self.decode(feats)
-        return (outputs, feats.aux) if return_aux else outputs
+        feats = self.encode(x, tasks, **named)
+        outputs, predictions, aux = self._decode(feats, None)
+        aux = {**feats.aux, **aux}
+        if full:
+            return Result(outputs, aux, dict(predictions))
+        return (outputs, aux) if return_aux else outputs
+
+    def run(self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs) -> Result:
+        """Return outputs, auxiliary losses and auxiliary predictions, as ``model(x, full=True)``.
+
+        See :func:`arch_zoo.task_losses` for the losses of a result.
+        """
+        result: Result = self(x, tasks, full=True, **named)
+        return result
 
     def parameter_task_sets(self) -> dict[str, frozenset[str]]:
         """Return by parameter name the tasks whose losses have a path to it in training mode.
 
-        A parameter that its own module never uses, or that is frozen, counts as used.
+        A parameter that its own module never uses, or that is frozen, counts as used. The sets
+        hold for losses of one output each, and of the auxiliary predictions of one task.
         """
         sets: dict[int, set[str]] = {}
-        heads = ((head, (name,)) for name, head in self.heads.items())
-        for part, tasks in (*heads, *self.reach()):
+        readers = self._readers()
+        encoder = (
+            (part, {task for stream in streams for task in readers[stream]})
+            for part, streams in self.reach()
+        )
+        for part, tasks in (*self._head_reach(), *encoder):
             for parameter in part.parameters() if isinstance(part, nn.Module) else (part,):
                 sets.setdefault(id(parameter), set()).update(tasks)
         return {
@@ -137,11 +189,11 @@ class MultiTaskModel(nn.Module, ABC):
         }
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that two tasks or more reach."""
+        """Yield the parameters that two tasks or more reach, but for frozen ones."""
         return self._where(lambda tasks: len(tasks) > 1)
 
     def task_parameters(self, task: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters that this task alone reaches.
+        """Yield the parameters that this task alone reaches, but for frozen ones.
 
         Raises:
             ValueError: If the task is unknown.
@@ -153,12 +205,12 @@ class MultiTaskModel(nn.Module, ABC):
         """Yield those that shape the sharing, such as stitches or the choices of branches."""
         return iter(())
 
-    def initialize(self, example: Inputs, **given: Any) -> "Self":  # as in `forward`
+    def initialize(self, example: Inputs = None, **named: Inputs) -> "Self":
         """Size what is sized by the first input, changing nothing that has a size.
 
         Args:
             example: Inputs of the usual kind; a batch of one will do.
-            given: Further inputs of :meth:`encode`, by name.
+            named: Further inputs of :meth:`encode`, by name.
 
         Returns:
             The model itself.
@@ -166,7 +218,7 @@ class MultiTaskModel(nn.Module, ABC):
         modes = [(module, module.training) for module in self.modules()]
         try:
             with torch.no_grad():
-                self.eval()(example, **given)
+                self.eval()(example, **named)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -177,41 +229,122 @@ class MultiTaskModel(nn.Module, ABC):
         encode: Callable[..., Features],
         tasks: Sequence[str] | None,
         x: Inputs,
-        **more: Inputs | None,
+        named: Mapping[str, Inputs] | None = None,
+        /,
+        **more: Inputs,
     ) -> Features:
-        """Call ``encode(tasks, x, ...)`` once per distinct batch and join the features.
+        """Call ``encode(streams, x=..., **named)`` once per distinct batch and join the features.
 
-        Tasks that are given the same tensor objects share one call. Inputs beside `x` are passed on
-        by name.
+        Tasks that are given the same objects share one call.
+
+        Args:
+            encode: Returns the features of some streams, one of which may be None for `x`.
+            tasks: As in :meth:`encode`.
+            x: As in :meth:`encode`.
+            named: Further inputs, which some receiver or head has to take.
+            more: Further inputs that the architecture itself takes, also passed on by name.
         """
-        held = self._among(self.tasks, "x", tuple(x)) if isinstance(x, Mapping) else self.tasks
-        names = self._among(self.tasks, "tasks", held if tasks is None else tasks)
-        inputs = {"x": x, **more}
-        groups: list[tuple[list[str], dict[str, Tensor | None]]] = []
+        named = named or {}
+        inputs = {"x": x, **named, **more}
+        if named:
+            check_taken(self._owner, named, (*self.receivers(), *self._head_modules()))
+        names = self._asked(tasks, inputs)
+        groups: list[tuple[list[str], dict[str, Any]]] = []
         for name in names:
             batch = {key: self._batch(key, item, name) for key, item in inputs.items()}
             for members, known in groups:
-                if all(batch[key] is known[key] for key in inputs):
+                if all(same(batch[key], known[key]) for key in inputs):
                     members.append(name)
                     break
             else:
                 groups.append(([name], batch))
-        parts = [encode(tuple(members), **batch) for members, batch in groups]
-        per_task = {name: z for part in parts for name, z in part.per_task.items()}
-        return Features(
-            shared=tuple(z for part in parts for z in part.shared),
-            per_task={name: per_task[name] for name in names},
-            aux={name: loss for part in parts for name, loss in part.aux.items()},
-        )
+        shared: tuple[Tensor, ...] = ()
+        per_task, aux, given = {}, {}, {}
+        for members, batch in groups:
+            part = encode(self._streams_of(members), **batch)
+            shared += part.shared
+            aux.update(part.aux)
+            own = {key: batch[key] for key in named}
+            for name in members:
+                joint = isinstance(self.heads, Decoder)
+                per_task[name] = part.per_task if joint else part.per_task[name]
+                given[name] = own
+        return Features(shared, {name: per_task[name] for name in names}, aux, given)
 
     @property
     def _owner(self) -> str:
         return type(self).__name__
 
-    def _batch(self, argument: str, item: Inputs | None, task: str) -> Tensor | None:
+    def _decode(self, feats: Features, tasks: Sequence[str] | None) -> Decoded:
+        names = self._among(tuple(feats.per_task), "tasks", tasks)
+        if not isinstance(self.heads, Decoder):
+            return Decoded(
+                {
+                    name: call(self.heads[name], feats.per_task[name], feats.named.get(name, {}))
+                    for name in names
+                }
+            )
+        outputs: dict[str, Any] = {}
+        predictions: dict[str, Any] = {}
+        aux: dict[str, Tensor] = {}
+        while names:
+            streams = feats.per_task[names[0]]
+            members = [name for name in names if feats.per_task[name] is streams]
+            names = tuple(name for name in names if name not in members)
+            taken = taken_by(self.heads, feats.named.get(members[0], {}))
+            part = self.heads(streams, members, **taken)
+            mine = {k: y for k, y in part.outputs.items() if k in members or k not in self.tasks}
+            outputs.update(mine)
+            predictions.update(part.predictions)
+            aux.update(part.aux)
+        ours = {name: outputs.pop(name) for name in self.tasks if name in outputs}
+        ordered = {name: ours[name] for name in feats.per_task if name in ours}
+        return Decoded({**ordered, **outputs}, predictions, aux)
+
+    def _readers(self) -> dict[str, set[str]]:
+        """Return by stream the tasks that send a gradient into it."""
+        readers: dict[str, set[str]] = {stream: set() for stream in self.streams}
+        for task in self.tasks:
+            read = self.heads.gradients(task) if isinstance(self.heads, Decoder) else (task,)
+            for stream in read:
+                readers[stream].add(task)
+        return readers
+
+    def _streams_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the streams that some tasks read, in order."""
+        if not isinstance(self.heads, Decoder):
+            return tuple(tasks)
+        read = {stream for task in tasks for stream in self.heads.sources(task)}
+        return tuple(stream for stream in self.streams if stream in read)
+
+    def _head_reach(self) -> Reach:
+        if isinstance(self.heads, Decoder):
+            yield from self.heads.reach()
+        else:
+            yield from ((head, (name,)) for name, head in self.heads.items())
+
+    def _copied_heads(self) -> Heads:
+        """Return a copy of the heads, as the constructor takes them."""
+        heads = deepcopy(self.heads)
+        return heads if isinstance(heads, Decoder) else dict(heads.items())
+
+    def _head_modules(self) -> Iterable[nn.Module]:
+        return (self.heads,) if isinstance(self.heads, Decoder) else self.heads.children()
+
+    def _asked(self, tasks: Sequence[str] | None, inputs: Mapping[str, Inputs]) -> tuple[str, ...]:
+        """Return the tasks to compute: by default those of the first input by task, or all."""
+        held = self.tasks
+        for argument, item in inputs.items():
+            by_task = is_per_task(self._owner, argument, item, self.tasks)
+            if by_task and (argument == "x" or inputs["x"] is None):
+                held = self._among(self.tasks, argument, tuple(item))
+                break
+        return self._among(self.tasks, "tasks", held if tasks is None else tasks)
+
+    def _batch(self, argument: str, item: Inputs, task: str) -> Any:
         """Return what an input holds for a task."""
-        if not isinstance(item, Mapping):
-            return item
+        if not is_per_task(self._owner, argument, item, self.tasks):
+            return dict(item) if isinstance(item, OneBatch) else item
         if task not in item:
             raise ValueError(
                 f"{self._owner}: `{argument}` must hold a batch for every task of `tasks`, "
@@ -236,4 +369,8 @@ class MultiTaskModel(nn.Module, ABC):
 
     def _where(self, holds: Callable[[frozenset[str]], bool]) -> Iterator[nn.Parameter]:
         sets = self.parameter_task_sets()
-        return (parameter for name, parameter in self.named_parameters() if holds(sets[name]))
+        return (
+            parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and holds(sets[name])
+        )

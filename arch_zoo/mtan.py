@@ -1,16 +1,20 @@
 """MTAN: one trunk, and for each task attention masks over its features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from arch_zoo.blocks import Attention, Bottleneck, Convolution
-from arch_zoo.encoders import Encoder, parts_of, stages_of
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
-from arch_zoo.tensors import channels_first
+from arch_zoo.encoders import Chain, Encoder, parts_of, stages_of
+from arch_zoo.inputs import Inputs, call
+from arch_zoo.layout import axis_of, widths_of
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
+from arch_zoo.tensors import channels_back, channels_first, check_layout
 
+RESIZES = ("auto", "max", "avg", "interp")
 POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "max": (
         functional.adaptive_max_pool1d,
@@ -33,6 +37,10 @@ class MTAN(MultiTaskModel):
 
     .. math:: v_t^s = a_t^s([u_s, r_t^{s-1}]) \odot p_s, \qquad r_t^s = R^s(v_t^s)
 
+    Where maps shrink, they are refined and then resized; where they grow, as in the decoder of a
+    SegNet, they are resized and then refined. A part of a stage may return a tuple whose first
+    entry are the features; the rest, such as the indices of a pooling, goes on to the next part.
+
     The masks are private, the refinements `R` shared. ``Features.shared`` holds the taps
     :math:`u_1, p_1, \dots` on their way to the tasks: complete for the trunk, whereas the
     refinements lie beyond it. All is sized by the first input, and resized to each :math:`p_s`.
@@ -47,17 +55,22 @@ class MTAN(MultiTaskModel):
         heads: One module per task, which reads features shaped as the trunk's.
         reduction: Channels of the trunk over hidden channels of the masks; ``>= 1``.
         refine: ``"residual"``, a bottleneck block; ``"conv"``, a single convolution; or None.
-        resize: How features meet the next stage's size: ``"max"`` or ``"avg"`` pooling, or
-            ``"interp"``, linear. Features that meet vectors are averaged.
+        resize: How features meet a stage's size, one for all or a list with one for each stage:
+            ``"max"`` or ``"avg"`` pooling, which shrink only; ``"interp"``, linear; or ``"auto"``,
+            max-pooling where maps shrink and linear where they grow. Features that meet vectors are
+            averaged.
+        layout: Axes of the stages' outputs, such as ``"NHWC"`` or ``"NCL"``; by default derived
+            from the last layer of each part.
 
     Raises:
         TypeError: If the stages are no encoder.
-        ValueError: If an option is none of these, or the heads cannot be named; in a forward pass,
-            if a stage changes the number of axes other than to vectors.
+        ValueError: If an option is none of these, the trunk is a network in one piece, or the
+            heads cannot be named; in a forward pass, if a stage changes the number of axes other
+            than to vectors, a map that grows was to be pooled, or features do not fit the layout.
 
     Source:
         Liu et al., End-to-End Multi-Task Learning with Attention, CVPR 2019, with the
-        refinement of the authors' residual network; the norm in its shortcut is ours.
+        refinement of the authors' residual network.
 
     Example:
         >>> heads = {"depth": nn.Conv2d(16, 1, 1), "normal": nn.Conv2d(16, 3, 1)}
@@ -70,62 +83,87 @@ class MTAN(MultiTaskModel):
     def __init__(
         self,
         stages: Encoder,
-        heads: Mapping[str, nn.Module],
+        heads: Heads,
         *,
         reduction: int = 4,
         refine: str | None = "residual",
-        resize: str = "max",
+        resize: str | Sequence[str] = "auto",
+        layout: str | None = None,
     ) -> None:
         super().__init__(heads)
         if reduction < 1:
             raise ValueError(f"MTAN: `reduction` must be >= 1, got {reduction}.")
         if refine not in ("residual", "conv", None):
             raise ValueError(f"MTAN: `refine` must be 'residual', 'conv' or None, got {refine!r}.")
-        if resize not in ("max", "avg", "interp"):
-            raise ValueError(f"MTAN: `resize` must be 'max', 'avg' or 'interp', got {resize!r}.")
-        trunk = stages_of(self._owner, "stages", stages)
-        self.resize = resize
+        check_layout("MTAN", layout)
+        trunk = stages_of(self._owner, "stages", stages, several=len(self.streams) > 1)
+        self.resize = [resize] * len(trunk) if isinstance(resize, str) else list(resize)
+        if len(self.resize) != len(trunk) or not set(self.resize) <= set(RESIZES):
+            raise ValueError(
+                "MTAN: `resize` must be 'auto', 'max', 'avg' or 'interp', or one of these for each "
+                f"of the {len(trunk)} stages, got {resize!r}."
+            )
+        self.layout = layout
         self.stages = nn.ModuleList(nn.ModuleList(_split(stage)) for stage in trunk)
+        self.widths = widths_of(part for stage in self.stages for part in parts_of(stage))
         self.attention = nn.ModuleDict(
-            {t: nn.ModuleList(Attention(reduction) for _ in trunk) for t in self.tasks}
+            {t: nn.ModuleList(Attention(reduction) for _ in trunk) for t in self.streams}
         )
         block = Bottleneck if refine == "residual" else Convolution
         self.refine = nn.ModuleList(block() for _ in trunk[1:] if refine is not None)
 
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
-        return self.by_batch(self._encode, tasks, x)
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
+        return self.by_batch(self._encode, tasks, x, named)
+
+    def receivers(self) -> Iterator[nn.Module]:
+        for stage in self.stages:
+            yield from parts_of(stage)
 
     def reach(self) -> Reach:
-        yield self.stages, self.tasks
-        yield self.refine, self.tasks
+        yield self.stages, self.streams
+        yield self.refine, self.streams
         for name, masks in self.attention.items():
             yield masks, (name,)
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor) -> Features:
+    def _encode(self, streams: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
         cut: list[Tensor] = []
-        for stage in self.stages:
-            for part in parts_of(stage):
-                x = part(x)
-                cut.append(x.clone())  # no tap has a path to another, or is changed in place
-        taps = [channels_first(tap) for tap in cut]
+        taps: list[Tensor] = []
+        axis = 1
+        for part, width in zip(self.receivers(), self.widths, strict=True):
+            x = call(part, x, named)
+            tap = _features(x)
+            cut.append(tap.clone())  # no tap has a path to another, or is changed in place
+            axis = axis_of("MTAN", f"`stages[{len(taps) // 2}]`", tap, self.layout, width)
+            taps.append(channels_first(cut[-1], axis))
         looks = [
             self._fit(s, u, p) for s, (u, p) in enumerate(zip(taps[::2], taps[1::2], strict=True))
         ]
-        per_task = {name: channels_first(self._attend(name, looks, taps[1::2])) for name in tasks}
+        per_task = {
+            name: channels_back(self._attend(name, looks, taps[1::2]), axis) for name in streams
+        }
         return Features(shared=tuple(cut), per_task=per_task, aux={})
 
     def _attend(self, task: str, looks: list[Tensor], taps: list[Tensor]) -> Tensor:
         """Return the masked last tap of a task, channels first."""
         masks = parts_of(self.attention[task])
-        refine = list(self.refine)
         seen = looks[0]
         for s, tap in enumerate(taps):
             masked: Tensor = masks[s](seen, tap.shape[1]) * tap
             if s + 1 < len(taps):
-                channels = taps[s + 1].shape[1]
-                refined = refine[s](masked, channels) if refine else masked
-                seen = torch.cat([looks[s + 1], self._fit(s + 1, refined, taps[s + 1])], dim=1)
+                seen = torch.cat([looks[s + 1], self._refined(s, masked, taps[s + 1])], dim=1)
         return masked
+
+    def _refined(self, stage: int, masked: Tensor, like: Tensor) -> Tensor:
+        """Return what a task hands on from a stage, in the shape of the next tap."""
+        if not len(self.refine):
+            return self._fit(stage + 1, masked, like)
+        refine = self.refine[stage]
+        if _grows(masked, like):
+            refined: Tensor = refine(self._fit(stage + 1, masked, like), like.shape[1])
+            return refined
+        return self._fit(stage + 1, refine(masked, like.shape[1]), like)
 
     def _fit(self, stage: int, x: Tensor, like: Tensor) -> Tensor:
         """Resize the positions of `x`, channels first, to those of `like`."""
@@ -139,13 +177,40 @@ class MTAN(MultiTaskModel):
                 f"MTAN: `stages[{stage}]` must keep the number of axes or make vectors, got "
                 f"{like.ndim} axes after {x.ndim}."
             )
-        if self.resize == "interp":
+        resize, grows = self.resize[stage], _grows(x, like)
+        if grows and resize in POOLS:
+            raise ValueError(
+                f"MTAN: `resize` of `stages[{stage}]` must be 'interp' or 'auto' where maps grow, "
+                f"got {resize!r} from {list(x.shape[2:])} to {list(size)}."
+            )
+        if resize == "interp" or grows:
             mode = ("linear", "bilinear", "trilinear")[len(size) - 1]
             return functional.interpolate(x, size, mode=mode)
-        return POOLS[self.resize][len(size) - 1](x, size)
+        return POOLS["max" if resize == "auto" else resize][len(size) - 1](x, size)
+
+
+def _grows(x: Tensor, like: Tensor) -> bool:
+    """Return whether some axis of positions is longer in the other, both channels first."""
+    pairs = zip(x.shape[2:], like.shape[2:], strict=False)
+    return any(after > before for before, after in pairs)
+
+
+def _features(output: Any) -> Tensor:
+    """Return the features in what a part of a stage returned.
+
+    Raises:
+        ValueError: If it is neither a tensor nor a tuple that starts with one.
+    """
+    found = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            "MTAN: a stage must return a tensor, or a tuple that starts with one, got "
+            f"{type(output).__name__}."
+        )
+    return found
 
 
 def _split(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the body and the tap of a stage."""
     *body, tap = stages_of("MTAN", "stages", stage)
-    return (nn.Sequential(*body), tap) if body else (tap, nn.Identity())
+    return (Chain(*body), tap) if body else (tap, nn.Identity())

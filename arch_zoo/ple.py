@@ -1,13 +1,12 @@
 """PLE: levels of shared and private experts, with a stream for every task and a shared one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from torch import nn
-
-from arch_zoo.encoders import Encoder, Factory
-from arch_zoo.expert_model import ExpertModel
+from arch_zoo.encoders import Encoder
+from arch_zoo.expert_model import Counts, ExpertModel, Experts
 from arch_zoo.gates import POOLED, Gate, SoftmaxGate
+from arch_zoo.model import Heads
 
 
 class PLE(ExpertModel):
@@ -20,10 +19,13 @@ class PLE(ExpertModel):
     with its own batch sends it through the experts of all tasks.
 
     Args:
-        levels: One factory of experts per level; experts of a level have one output shape.
+        levels: One factory of experts per level, or a mapping with a factory for each task and one
+            for ``"shared"``; experts of a level have one output shape.
         heads: One module per task, which reads this task's last stream.
-        num_shared: Shared experts per level; with none, the tasks share nothing but the stem.
-        num_specific: Experts of each task per level, one number or one for each task.
+        num_shared: Shared experts, one number for all levels or a list of one for each; with none,
+            the tasks share nothing but the stem.
+        num_specific: Experts of each task, one number or one for each task, or a list of these, one
+            for each level.
         gate: What the gates read of their streams, and their depth.
         shared_stream: If false, there is no shared stream: shared experts read each task's stream,
             and a task's own experts stay its own at every level.
@@ -37,6 +39,7 @@ class PLE(ExpertModel):
         Tang et al., Progressive Layered Extraction, RecSys 2020, the section that names it.
 
     Example:
+        >>> from torch import nn
         >>> heads = {"click": nn.Linear(8, 1), "buy": nn.Linear(8, 1)}
         >>> levels = [lambda: nn.Linear(4, 8), lambda: nn.Linear(8, 8)]
         >>> sets = PLE(levels, heads, num_shared=1, num_specific=1).parameter_task_sets()
@@ -46,11 +49,11 @@ class PLE(ExpertModel):
 
     def __init__(
         self,
-        levels: Sequence[Factory],
-        heads: Mapping[str, nn.Module],
+        levels: Sequence[Experts],
+        heads: Heads,
         *,
-        num_shared: int,
-        num_specific: int | Mapping[str, int],
+        num_shared: int | Sequence[int],
+        num_specific: Counts | Sequence[Counts],
         gate: Gate = POOLED,
         shared_stream: bool = True,
         stem: Encoder | None = None,

@@ -27,8 +27,8 @@ class SelectorGate(nn.Module):
     r"""A mixture of `k` selectors, each of which picks one of `n` experts by its binary code.
 
     A selector has a logit per bit. What it gives to an expert is the product over the bits of
-    ``smooth_step`` of the logit, or of the complement; codes of no expert get their part too. Under
-    logits read off an example lies a norm without parameters, so that no bit starts out frozen.
+    ``smooth_step`` of the logit, or of the complement; codes of no expert get their part too. The
+    first logit of a selector is the lowest bit of the code.
 
     Args:
         gate: What it reads and its depth.
@@ -38,7 +38,10 @@ class SelectorGate(nn.Module):
         by_example: Read the logits off each example; else they are parameters.
         entropy_weight: Weight of the selectors' entropy, mean over the batch.
         leak_weight: Weight of :math:`\sum_i 1 / s_i - 1`, mean over the batch, where selector `i`
-            gives :math:`s_i` to all experts together; no term if `n` is a power of two.
+            gives :math:`s_i` to all experts together; no term if `n` is a power of two. A selector
+            that has settled on a code of no expert has no gradient to leave it.
+        normalise: ``"layer"`` puts a layer norm without parameters under logits that are read off
+            an example; None, as published, does not.
 
     Raises:
         ValueError: If an option is out of range.
@@ -60,8 +63,11 @@ class SelectorGate(nn.Module):
         by_example: bool = True,
         entropy_weight: float = 0.0,
         leak_weight: float = 1.0,
+        normalise: str | None = None,
     ) -> None:
         super().__init__()
+        if normalise not in ("layer", None):
+            raise ValueError(f"DSelectK: `normalise` must be 'layer' or None, got {normalise!r}.")
         if not 1 <= k <= n:
             raise ValueError(f"DSelectK: `k` must be between 1 and `num_experts` = {n}, got {k}.")
         if not gamma > 0:
@@ -73,6 +79,7 @@ class SelectorGate(nn.Module):
         self.bits = (n - 1).bit_length()
         self.entropy_weight = entropy_weight
         self.leak_weight = 0.0 if n == 2**self.bits else leak_weight
+        self.normalise = normalise
         bound = gamma / 100
         self.layers = gate.layers(k * (self.bits + 1), bound) if by_example else None
         if not by_example:
@@ -83,11 +90,14 @@ class SelectorGate(nn.Module):
         if self.layers is None:
             logits = self.logits
         else:
-            logits = self.layers(functional.layer_norm(u, u.shape[-1:]))
+            u = functional.layer_norm(u, u.shape[-1:]) if self.normalise == "layer" else u
+            logits = self.layers(u)
             logits = logits.unflatten(-1, (self.k, self.bits + 1))
         shares = self._shares(smooth_step(logits[..., :-1], self.gamma))
         weights = (torch.softmax(logits[..., -1:], dim=-2) * shares).sum(-2)
-        return weights.expand(len(u), self.n), self._penalty(shares)
+        if self.layers is None:
+            weights = weights.expand(u.shape[0], self.n)
+        return weights, self._penalty(shares)
 
     def _shares(self, bits: Tensor) -> Tensor:
         """Return what each selector gives to each expert, ``[..., k, bits]`` to ``[..., k, n]``."""

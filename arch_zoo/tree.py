@@ -1,10 +1,13 @@
 """Trees: networks whose tasks part ways one after the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
+from arch_zoo.encoders import parts_of
+from arch_zoo.inputs import Inputs, call
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 
 class Tree(MultiTaskModel):
@@ -26,7 +29,7 @@ class Tree(MultiTaskModel):
     def __init__(
         self,
         stages: Sequence[Mapping[int, nn.Module]],
-        heads: Mapping[str, nn.Module],
+        heads: Heads,
         paths: Mapping[str, tuple[int, ...]],
     ) -> None:
         super().__init__(heads)
@@ -35,20 +38,27 @@ class Tree(MultiTaskModel):
             nn.ModuleDict({str(i): node for i, node in nodes.items()}) for nodes in stages
         )
 
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
-        return self.by_batch(self._encode, tasks, x)
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
+        return self.by_batch(self._encode, tasks, x, named)
+
+    def receivers(self) -> Iterator[nn.Module]:
+        for nodes in self.nodes:
+            yield from parts_of(nodes)
 
     def reach(self) -> Reach:
         for name, path in self.path_of.items():
             for nodes, number in zip(self.nodes, path, strict=True):
                 yield nodes.get_submodule(str(number)), (name,)
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor) -> Features:
-        done: dict[tuple[int, ...], Tensor] = {(): x}
+    def _encode(self, tasks: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
+        done: dict[tuple[int, ...], Any] = {(): x}
         for depth, nodes in enumerate(self.nodes):
             for name in tasks:
                 path = self.path_of[name][: depth + 1]
                 if path not in done:
-                    done[path] = nodes.get_submodule(str(path[-1]))(done[path[:-1]])
+                    node = nodes.get_submodule(str(path[-1]))
+                    done[path] = call(node, done[path[:-1]], named)
         per_task = {name: done[self.path_of[name]] for name in tasks}
         return Features(shared=(), per_task=per_task, aux={})

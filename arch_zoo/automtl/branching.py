@@ -1,6 +1,6 @@
 """From a traced network to one with branches, and what is known of these."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from operator import attrgetter
 from typing import TypeAlias
@@ -18,32 +18,71 @@ Searchable: TypeAlias = Callable[[fx.Node, nn.Module], bool]
 Operators: TypeAlias = Mapping[str, fx.Node]  # the first calls of searchable modules, by path
 
 
+LEAST = 0.5  # of the parameters of a network that its operators hold, unless the user chose them
+
+
 def find_operators(
-    traced: fx.GraphModule, searchable: Searchable | None, blocks: bool
+    traced: fx.GraphModule,
+    searchable: Searchable | None,
+    blocks: bool,
+    leaves: Collection[type[nn.Module]] = (),
 ) -> Operators:
     """Return the first calls of the modules to search, by path.
 
     Args:
         traced: A network with shapes on its nodes.
         searchable: Decides about calls with one input; by default all modules of a chain of
-            blocks, and else convolutions with more than one position.
+            blocks, and else convolutions with more than one position. Where these hold less than
+            half of the parameters, linear layers and leaves come along.
         blocks: Whether it is a chain of blocks.
+        leaves: Classes of modules that the user left whole.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or if those found by default hold less than half of the
+            parameters.
     """
-    decide = searchable or (_is_any if blocks else _is_map)
+    if searchable is not None or blocks:
+        return _matching(traced, searchable or _is_any)
+    found = _matching(traced, _is_map, required=False)
+    if _share(traced, found) < LEAST:
+
+        def is_layer(node: fx.Node, module: nn.Module) -> bool:
+            return _is_map(node, module) or isinstance(module, (nn.Linear, *leaves))
+
+        found = _matching(traced, is_layer)
+    if (share := _share(traced, found)) < LEAST:
+        few = ", ".join(repr(path) for path in list(found)[:3])
+        raise ValueError(
+            f"AutoMTL: the operators to search must hold at least {LEAST:.0%} of the parameters of "
+            f"`backbone`, got {share:.0%} in {few}. Pass the backbone as a list of blocks, the "
+            "classes of its blocks as `leaves`, or `searchable` to choose on purpose."
+        )
+    return found
+
+
+def _matching(
+    traced: fx.GraphModule, decide: Searchable, required: bool = True
+) -> dict[str, fx.Node]:
+    """Return the first calls of the modules that a predicate holds for, by path."""
     found: dict[str, fx.Node] = {}
     for node in traced.graph.nodes:
         single = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         if single and decide(node, traced.get_submodule(node.target)):
             found.setdefault(node.target, node)
-    if not found:
+    if required and not found:
         raise ValueError(
             "AutoMTL: `searchable` must hold for at least one module of `backbone` that is called "
             "with one input, got none."
         )
     return found
+
+
+def _share(traced: fx.GraphModule, operators: Operators) -> float:
+    """Return the share of a network's parameters that are in its operators."""
+    modules = [traced.get_submodule(path) for path in operators]
+    held = {id(p): p.numel() for module in modules for p in module.parameters()}
+    total = sum(parameter.numel() for parameter in traced.parameters())
+    return sum(held.values()) / total if total else 1.0
 
 
 def add_branches(
@@ -52,11 +91,12 @@ def add_branches(
     operators: Operators,
     task_norms: bool,
     skip: str,
+    copied: bool = True,
 ) -> fx.GraphModule:
-    """Return a network of input, choices of a task, and the task's name.
+    """Return a network of input, choices of a task, and the pass.
 
     Modules are named as the calls in the code. Copies are made all at once for each task, so that
-    what is tied stays tied.
+    what is tied stays tied; without ``copied`` operators have none.
     """
     calls = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {node.target: attrgetter(node.target)(traced) for node in calls}
@@ -67,7 +107,7 @@ def add_branches(
         specific = {task: copies[task][path] for task in tasks}
         if path in operators:
             skips = _skips(module, operators[path], tasks, skip)
-            parts[path] = Operator(index[path], module, specific, skips)
+            parts[path] = Operator(index[path], module, specific if copied else {}, skips, tasks)
         else:
             parts[path] = PerTask(specific)
     return _emit(traced.graph, parts)
@@ -87,7 +127,7 @@ def _emit(traced: fx.Graph, parts: Mapping[str, nn.Module]) -> fx.GraphModule:
     graph.output(graph.graph_copy(traced, {}))
     first = next(iter(graph.nodes)).next
     with graph.inserting_before(first):
-        given = graph.placeholder("choices"), graph.placeholder("task")
+        given = graph.placeholder("choices"), graph.placeholder("given")
     names: dict[str, str] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from arch_zoo.model import Inputs
+from arch_zoo.inputs import Inputs
 
 
 class Cost(NamedTuple):

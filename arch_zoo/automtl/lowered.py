@@ -1,12 +1,14 @@
 """The network that choices make."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
+from arch_zoo.automtl.operators import Taking
+from arch_zoo.inputs import Inputs
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 
 class Segment(NamedTuple):
@@ -32,23 +34,29 @@ class Lowered(MultiTaskModel):
         heads: One module per task, which reads its features.
     """
 
-    def __init__(self, network: fx.GraphModule, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, network: fx.GraphModule, heads: Heads) -> None:
         super().__init__(heads)
         self.network = network
         self._cut()
 
-    def encode(self, x: Inputs, tasks: Sequence[str] | None = None) -> Features:
-        return self.by_batch(self._encode, tasks, x)
+    def encode(
+        self, x: Inputs = None, tasks: Sequence[str] | None = None, **named: Inputs
+    ) -> Features:
+        return self.by_batch(self._encode, tasks, x, named)
+
+    def receivers(self) -> Iterator[nn.Module]:
+        yield from (m.module for m in self.network.modules() if isinstance(m, Taking))
 
     def reach(self) -> Reach:
         for node, tasks in _readers(self.network.graph).items():
             if node.op in ("call_module", "get_attr"):
                 yield attrgetter(str(node.target))(self.network), tasks
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor) -> Features:
-        if len(tasks) == len(self.tasks):
-            return Features(shared=(), per_task=self.network(x), aux={})
-        values = {"x": x}
+    def _encode(self, tasks: tuple[str, ...], x: Tensor, **named: Inputs) -> Features:
+        if len(tasks) == len(self.streams):
+            given = (x, named) if self.takes_named else (x,)
+            return Features(shared=(), per_task=self.network(*given), aux={})
+        values = {"x": x, "named": named}
         for segment in self.segments:
             if not segment.tasks.isdisjoint(tasks):
                 values |= segment.run(self.network, *(values[name] for name in segment.inputs))
@@ -65,6 +73,7 @@ class Lowered(MultiTaskModel):
             _segment(self.network, tasks, groups[tasks])
             for tasks in sorted(groups, key=len, reverse=True)
         ]
+        self.takes_named = any(node.target == "named" for node in self.network.graph.nodes)
         self.results = {task: node.name for task, node in _results(self.network.graph).items()}
 
     def __getstate__(self) -> dict[str, Any]:

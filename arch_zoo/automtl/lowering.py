@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from arch_zoo.automtl.operators import PerTask, is_norm
+from arch_zoo.automtl.operators import PerTask, Taking, is_norm
+from arch_zoo.inputs import takes
 
 
 def lower(network: fx.GraphModule, choices: Mapping[str, Sequence[int]]) -> fx.GraphModule:
     """Return the network that some choices make, a function of the input to outputs by task.
+
+    Where a module takes named inputs, all of these are its second argument.
 
     Its modules are those of the network, but for norms of tasks that have parted: these are copies,
     so that no running statistics mix different values.
@@ -38,6 +41,7 @@ class _Lowering:
     def run(self) -> fx.GraphModule:
         x, _, _, *nodes, output = self.network.graph.nodes
         given = self.graph.placeholder("x")
+        self.named = self.graph.placeholder("named")
         for known in self.values.values():
             known[x] = given
         for node in nodes:
@@ -45,6 +49,8 @@ class _Lowering:
                 known[node] = self.value(node, task)
         result = output.all_input_nodes[0]
         self.graph.output({task: known[result] for task, known in self.values.items()})
+        if not self.named.users:
+            self.graph.erase_node(self.named)
         self.graph.lint()
         return fx.GraphModule(self.parts, self.graph)
 
@@ -58,6 +64,9 @@ class _Lowering:
             if isinstance(part, PerTask):
                 target, args = f"{target}.{part.taken(self.choices[task], task)}", args[:1]
                 part = self.network.get_submodule(target)
+                names = takes(part, first=False)
+                if names is None or names:
+                    part = self.parts.get(target) or Taking(part)
             elif is_norm(part):
                 target = self.norms.setdefault((target, task), f"{target}.{self.who(node, task)}")
                 part = self.parts.get(target) or deepcopy(part)
@@ -69,6 +78,8 @@ class _Lowering:
         number = (node, target, *(known[i] for i in node.all_input_nodes if i in known))
         if number not in self.numbers:
             given = fx.map_arg((args, node.kwargs), known.__getitem__)
+            if isinstance(self.parts.get(str(target)), Taking):
+                given = ((*given[0], self.named), given[1])
             self.numbers[number] = self.graph.create_node(node.op, target, *given, name)
         return self.numbers[number]
 

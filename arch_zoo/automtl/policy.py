@@ -72,6 +72,8 @@ class Policy(nn.Module):
         operations: Multiply-adds of each branch on one example, ``[operators, 3]``.
         tau: Returns the temperature of the samples when called; by default ``Temperature()``.
 
+    Operators are free to be chosen for; :meth:`free_last` shares all others for a while.
+
     Example:
         >>> legal, ones = torch.tensor([[True, True, False]]), torch.ones(1, 3)
         >>> policy = Policy(["depth", "normal"], legal, torch.ones(1), ones, ones)
@@ -86,6 +88,7 @@ class Policy(nn.Module):
     depth: Tensor
     sizes: Tensor
     operations: Tensor
+    free: Tensor
 
     def __init__(
         self,
@@ -104,6 +107,7 @@ class Policy(nn.Module):
             ("operations", operations),
         ):
             self.register_buffer(name, known, persistent=False)
+        self.register_buffer("free", torch.ones(len(legal), dtype=torch.bool), persistent=False)
         self.tau = Temperature() if tau is None else tau
         self.logits = nn.ParameterDict({t: nn.Parameter(torch.zeros(legal.shape)) for t in tasks})
 
@@ -135,7 +139,7 @@ class Policy(nn.Module):
         """Return rows that take the mean of all legal branches, by task."""
         with torch.no_grad():
             return {
-                task: torch.softmax(scores.masked_fill(self.legal, 0), dim=-1)
+                task: torch.softmax(scores.masked_fill(scores > -math.inf, 0), dim=-1)
                 for task, scores in self._scores()
             }
 
@@ -147,10 +151,24 @@ class Policy(nn.Module):
                 for task, scores in self._scores()
             }
 
+    def free_last(self, n: int) -> None:
+        """Let tasks choose for the last ``n`` operators alone and share the others.
+
+        A search that starts with few of them and frees more and more is the curriculum of AdaShare.
+
+        Raises:
+            ValueError: If the number is negative.
+        """
+        if n < 0:
+            raise ValueError(f"Policy: `n` must be >= 0, got {n}.")
+        self.free.copy_(torch.arange(len(self.free)) >= len(self.free) - n)
+
     def _scores(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the logits by task, those of illegal branches at minus infinity."""
+        bound = torch.zeros_like(self.legal)
+        bound[:, 1:] = ~self.free.unsqueeze(1)
         for task, logits in self.logits.items():
-            yield task, logits.masked_fill(~self.legal, -math.inf)
+            yield task, logits.masked_fill(~self.legal | bound, -math.inf)
 
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from arch_zoo.model import Inputs
+from arch_zoo.inputs import Inputs
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from arch_zoo.automtl.supermodel import AutoMTL
-from arch_zoo.model import Inputs, MultiTaskModel
+from arch_zoo.inputs import Inputs
+from arch_zoo.model import MultiTaskModel
 
 Batch: TypeAlias = tuple[Inputs, Mapping[str, Tensor]]
 Losses: TypeAlias = Mapping[str, Callable[[Tensor, Tensor], Tensor]]

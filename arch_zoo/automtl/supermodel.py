@@ -1,19 +1,22 @@
 """AutoMTL: every operator of a traced network, shared, copied or skipped by each task."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 
 from torch import Tensor, nn
 
 from arch_zoo.automtl.branching import Searchable, add_branches, find_operators, make_policy
 from arch_zoo.automtl.lowered import Lowered
 from arch_zoo.automtl.lowering import lower
-from arch_zoo.automtl.operators import PerTask
+from arch_zoo.automtl.operators import Operator, Pass, PerTask
 from arch_zoo.automtl.policy import Choices
 from arch_zoo.automtl.regularisers import DepthWeighted, Regulariser
 from arch_zoo.automtl.skips import SKIPS
 from arch_zoo.automtl.tracing import trace
-from arch_zoo.model import Features, Inputs, MultiTaskModel, Reach
+from arch_zoo.decoders import Decoder
+from arch_zoo.inputs import Inputs
+from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
 
 NORMS = ("shared", "task")
 
@@ -33,21 +36,26 @@ class AutoMTL(MultiTaskModel):
         heads: One module per task, which reads the backbone's output.
         example_input: A batch of the usual kind.
         searchable: Says of a call in the traced network and its module whether to search it; by
-            default convolutions with more than one position, or all blocks of a list. It is asked
-            about calls with one input. A module called twice has one choice.
+            default convolutions with more than one position, or all blocks of a list. Where the
+            convolutions hold less than half of the parameters, linear layers and modules of
+            ``leaves`` come along. It is asked about calls with one input. A module called twice has
+            one choice.
         norm: ``"shared"`` lets all tasks use the same norm layers until it is lowered, where they
             part as the tasks do; ``"task"`` gives each task its own, as published, which shares
             parameters but no computation.
         skip: ``"geometry"`` skips where an average over the operator's windows can stand for it,
             ``"identity"`` where the operator keeps shapes, ``"off"`` nowhere.
+        branches: What a task may choose beside the shared module: ``"specific"``, ``"skip"``, or
+            both.
         leaves: Classes of modules that are not to be traced through.
         tau: Returns the temperature when called; by default ``Temperature()``.
         regulariser: What makes tasks share, a function of the sample and the policy; by default
             ``DepthWeighted()``.
 
     Raises:
-        ValueError: If an option is none of these, nothing is searchable, the backbone cannot be
-            traced, or the heads cannot be named.
+        ValueError: If an option is none of these, nothing is searchable, what is searched by
+            default holds less than half of the parameters, the backbone cannot be traced, or the
+            heads cannot be named.
 
     Source:
         Zhang et al., AutoMTL: A Programming Framework for Automating Efficient Multi-Task
@@ -68,12 +76,13 @@ class AutoMTL(MultiTaskModel):
     def __init__(
         self,
         backbone: nn.Module | Sequence[nn.Module],
-        heads: Mapping[str, nn.Module],
+        heads: Heads,
         example_input: Tensor,
         *,
         searchable: Searchable | None = None,
         norm: str = "shared",
         skip: str = "geometry",
+        branches: Collection[str] = ("specific", "skip"),
         leaves: Collection[type[nn.Module]] = (),
         tau: nn.Module | None = None,
         regulariser: Regulariser | None = None,
@@ -83,41 +92,62 @@ class AutoMTL(MultiTaskModel):
             if value not in known:
                 listed = ", ".join(map(repr, known))
                 raise ValueError(f"AutoMTL: `{name}` must be among {listed}, got {value!r}.")
+        if not branches or not set(branches) <= {"specific", "skip"}:
+            raise ValueError(
+                f"AutoMTL: `branches` must hold 'specific', 'skip' or both, got {tuple(branches)}."
+            )
+        _check_numbers(backbone, example_input)
         traced = trace(backbone, example_input, leaves)
-        operators = find_operators(traced, searchable, blocks=not isinstance(backbone, nn.Module))
+        blocks = not isinstance(backbone, nn.Module)
+        operators = find_operators(traced, searchable, blocks, leaves)
         self.operators = tuple(operators)
-        self.network = add_branches(traced, self.tasks, operators, norm == "task", skip)
-        policy = make_policy(traced, self.tasks, operators, self.network, tau)
+        self.network = add_branches(
+            traced,
+            self.streams,
+            operators,
+            norm == "task",
+            skip if "skip" in branches else "off",
+            "specific" in branches,
+        )
+        policy = make_policy(traced, self.streams, operators, self.network, tau)
         self.policy = policy.to(example_input.device)
         self.regulariser = DepthWeighted() if regulariser is None else regulariser
 
     def encode(
-        self, x: Inputs, tasks: Sequence[str] | None = None, *, choices: Choices | None = None
+        self,
+        x: Inputs = None,
+        tasks: Sequence[str] | None = None,
+        *,
+        choices: Choices | None = None,
+        **named: Inputs,
     ) -> Features:
         """Compute what the heads read.
 
         Args:
             x: As in :class:`MultiTaskModel`.
             tasks: As there.
+            named: As there, for heads, and for operators whose ``forward`` names them.
             choices: Probabilities of the branches, ``[operators, 3]`` for every task; by default a
                 sample of the policy in training, whose regulariser is then returned, and its
                 likeliest branches in evaluation.
         """
         if choices is not None:
-            return self.by_batch(self._encode, tasks, x, choices=choices)
+            for name in self._asked(tasks, {"x": x, **named}):
+                self._batch("choices", choices, name)
+            return self.by_batch(partial(self._encode, choices), tasks, x, named)
         if not self.training:
-            return self.by_batch(self._encode, tasks, x, choices=self.policy.argmax())
+            return self.by_batch(partial(self._encode, self.policy.argmax()), tasks, x, named)
         sample = self.policy.sample()
-        features = self.by_batch(self._encode, tasks, x, choices=sample)
-        seen = {name: sample[name] for name in features.per_task}
+        features = self.by_batch(partial(self._encode, sample), tasks, x, named)
+        seen = {s: sample[s] for s in self._streams_of(tuple(features.per_task))}
         aux = {"policy": self.regulariser(seen, self.policy)} if seen else {}
         return features._replace(aux=aux)
 
     def reach(self) -> Reach:
         for part in self.network.children():
-            yield from part.reach() if isinstance(part, PerTask) else [(part, self.tasks)]
+            yield from part.reach() if isinstance(part, PerTask) else [(part, self.streams)]
         for parameter in self.network.parameters(recurse=False):
-            yield parameter, self.tasks
+            yield parameter, self.streams
         for task, logits in self.policy.logits.items():
             yield logits, (task,)
 
@@ -141,20 +171,37 @@ class AutoMTL(MultiTaskModel):
         """
         taken = self.policy.argmax() if choices is None else choices
         legal = self.policy.legal
-        for task in self.tasks:
+        for task in self.streams:
             if task not in taken or not _is_choice(taken[task], legal):
                 got = "other ones" if task in taken else "none"
                 raise ValueError(
                     "AutoMTL: `choices` must hold one-hot rows of legal branches, shape "
                     f"{list(legal.shape)}, got {got} for {task!r}. `policy.draw()` makes some."
                 )
-        numbers = {task: taken[task].argmax(dim=-1).tolist() for task in self.tasks}
-        lowered = Lowered(lower(self.network, numbers), dict(self.heads.items()))
+        numbers = {task: taken[task].argmax(dim=-1).tolist() for task in self.streams}
+        heads = self.heads if isinstance(self.heads, Decoder) else dict(self.heads.items())
+        lowered = Lowered(lower(self.network, numbers), heads)
         return deepcopy(lowered).train(self.training)
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor, choices: Tensor) -> Features:
-        per_task = {name: self.network(x, choices, name) for name in tasks}
+    def receivers(self) -> Iterator[nn.Module]:
+        yield from (part.shared for part in self.network.children() if isinstance(part, Operator))
+
+    def _encode(
+        self, choices: Choices, tasks: tuple[str, ...], x: Tensor, **named: Inputs
+    ) -> Features:
+        per_task = {name: self.network(x, choices[name], Pass(name, named)) for name in tasks}
         return Features(shared=(), per_task=per_task, aux={})
+
+
+def _check_numbers(backbone: nn.Module | Sequence[nn.Module], example: Tensor) -> None:
+    """Raise on the meta device, where a trace cannot be compared with its network."""
+    parts = [backbone] if isinstance(backbone, nn.Module) else backbone
+    known = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+    if getattr(example, "is_meta", False) or any(p.is_meta for p in known):
+        raise ValueError(
+            "AutoMTL: `backbone` and `example_input` must hold numbers, got tensors on the meta "
+            "device. Build the model on another one and move it."
+        )
 
 
 def _is_choice(rows: Tensor, legal: Tensor) -> bool:

@@ -8,7 +8,8 @@ from torch import nn
 from arch_zoo.automtl.costs import latencies, model_cost
 from arch_zoo.encoders import Encoder, copies_of, module_of
 from arch_zoo.hps import HPS
-from arch_zoo.model import Inputs, MultiTaskModel
+from arch_zoo.inputs import Inputs
+from arch_zoo.model import MultiTaskModel
 from arch_zoo.tree import Tree
 
 
@@ -27,7 +28,7 @@ def beside(model: MultiTaskModel, backbone: Encoder) -> dict[str, MultiTaskModel
     shared, *own = [module_of("beside", "backbone", copy) for copy in copies]
 
     def heads() -> dict[str, nn.Module]:
-        return {task: deepcopy(model.heads[task]) for task in tasks}
+        return dict(deepcopy(model.heads).named_children())
 
     paths = {task: (i,) for i, task in enumerate(tasks)}
     return {

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import pytest
 import torch
 from backbones import WIDTH, StochasticDepth, backbone, pictures
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from arch_zoo import AutoMTL
 from arch_zoo.automtl.policy import BRANCHES
 
 NAMES = ("ResNet", "MobileNetV2", "EfficientNet")
+SOME = [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 Choices = dict[str, Tensor]
 
 

@@ -21,6 +21,7 @@ def model_of(encoder: Encoder) -> HPS:
     return HPS(encoder, {"a": Head(WIDTH, 2), "b": Head(WIDTH, 3)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "operations"),
     [

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-from automtl_cases import NAMES, all_take, build, calls, drawn, images, perturb, same, size
+from automtl_cases import SOME, all_take, build, calls, drawn, images, perturb, same, size
 from backbones import StochasticDepth, backbone
 from torch import Tensor, nn
 
 from arch_zoo import HPS, AutoMTL, MultiTaskModel
 
-each = pytest.mark.parametrize("name", NAMES)
-norms = pytest.mark.parametrize("norm", ["shared", "task"])
-draws = pytest.mark.parametrize("seed", [3, 8])
+each = pytest.mark.parametrize("name", SOME)
+norms = pytest.mark.parametrize("norm", ["shared", pytest.param("task", marks=pytest.mark.slow)])
+draws = pytest.mark.parametrize("seed", [3, pytest.param(8, marks=pytest.mark.slow)])
 
 
 def sets_found(model: MultiTaskModel) -> dict[str, frozenset[str]]:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from automtl_cases import NAMES, all_take, build, heads, images, perturb, same
+from automtl_cases import SOME, all_take, build, heads, images, perturb, same
 from backbones import backbone, pictures
 from torch import Tensor, nn
 
 from arch_zoo import AutoMTL
+from arch_zoo.automtl import effective_sharing, partners, split_at
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", SOME)
 
 
 @each
@@ -173,3 +174,26 @@ def test_choices_are_checked() -> None:
         model(images(), choices={"a": soft["a"]})
     with pytest.raises(ValueError, match=r"one-hot rows .*, got none for 'b'"):
         model.lower({"a": model.policy.argmax()["a"]})
+
+
+def test_a_lone_share_is_a_copy() -> None:
+    rows = torch.eye(3)
+    choices = {"a": rows[[0, 0, 0]], "b": rows[[0, 1, 2]], "c": rows[[0, 0, 1]]}
+    assert partners(choices)["a"] == [("b", "c"), ("c",), ()]
+    assert partners(choices)["b"] == [("a", "c"), (), ()]
+    assert effective_sharing(choices) == {"a": 2 / 3, "b": 1 / 3, "c": 2 / 3}
+
+
+def test_a_split_needs_no_search() -> None:
+    model = build("ResNet")
+    like = next(model.architecture_parameters())
+    for n in (0, 3, len(model.operators)):
+        choices = split_at(n, len(model.operators), model.tasks, like)
+        lowered = model.lower(choices)
+        assert all(
+            share == n / len(model.operators) for share in effective_sharing(choices).values()
+        )
+        shared = {name for name, tasks in lowered.parameter_task_sets().items() if len(tasks) > 1}
+        assert bool(shared) == (n > 0)
+    with pytest.raises(ValueError, match=r"^split_at: `n` must be between 0 and 10, got 11\.$"):
+        split_at(11, 10, model.tasks, like)

@@ -6,16 +6,16 @@ import pickle
 
 import pytest
 import torch
-from automtl_cases import NAMES, all_take, build, close, drawn, heads, images, perturb, same
+from automtl_cases import SOME, all_take, build, close, drawn, heads, images, perturb, same
 from backbones import backbone, pictures
 from torch import Tensor, nn
 
 from arch_zoo import HPS, AutoMTL
 from arch_zoo.automtl import DepthWeighted, ExpectedCost
-from arch_zoo.automtl.operators import Operator, PerTask
+from arch_zoo.automtl.operators import Operator, Pass, PerTask
 
-each = pytest.mark.parametrize("name", NAMES)
-norms = pytest.mark.parametrize("norm", ["shared", "task"])
+each = pytest.mark.parametrize("name", SOME)
+norms = pytest.mark.parametrize("norm", ["shared", pytest.param("task", marks=pytest.mark.slow)])
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def test_branches_are_mixed_by_their_probabilities() -> None:
     for task in "abc":
         parts = operator.shared, operator.specific[task], operator.skips[task]
         expected = torch.stack([p * part(x) for p, part in zip(shares[0], parts, strict=True)])
-        torch.testing.assert_close(operator(x, shares, task), expected.sum(dim=0))
+        torch.testing.assert_close(operator(x, shares, Pass(task)), expected.sum(dim=0))
 
 
 @norms
@@ -212,6 +212,7 @@ def test_a_forward_pass_leaves_norm_statistics_alone_behind() -> None:
         assert torch.equal(value, old) or "running" in n or "num_batches" in n, n
 
 
+@pytest.mark.slow
 def test_copies_state_and_pickles_compute_the_same() -> None:
     model = build("EfficientNet").eval()
     perturb(model)
@@ -228,6 +229,7 @@ def test_copies_state_and_pickles_compute_the_same() -> None:
     assert other.policy.tau() == model.policy.tau()
 
 
+@pytest.mark.slow
 def test_compiles_whole() -> None:
     model = build("ResNet", "ab")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from automtl_cases import NAMES, all_take, build, calls, drawn, images, perturb, same
+from automtl_cases import SOME, all_take, build, calls, drawn, images, perturb, same
 from torch import Tensor, nn
 
 from arch_zoo.automtl import Lowered, recalibrate
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", SOME)
 norms = pytest.mark.parametrize("norm", ["shared", "task"])
 draws = pytest.mark.parametrize("seed", [3, 8])
 
@@ -62,6 +62,7 @@ def ready(name: str = "EfficientNet") -> Lowered:
     return model.lower(drawn(model, 3))
 
 
+@pytest.mark.slow
 def test_copies_state_and_pickles_compute_the_same() -> None:
     low = ready()
     expected = low(images())
@@ -78,6 +79,7 @@ def test_copies_state_and_pickles_compute_the_same() -> None:
     same(other(images()), expected)
 
 
+@pytest.mark.slow
 @each
 def test_compiles_whole(name: str) -> None:
     low = ready(name).train()
@@ -91,6 +93,7 @@ def test_compiles_whole(name: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_exports() -> None:
     low = ready()
     exported = torch.export.export(low, (images(),)).module()

@@ -68,6 +68,7 @@ def test_what_cannot_be_traced_is_named_with_the_way_out(block: type[Block]) -> 
         trace(around(block()), X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", REFUSED, ids=lambda block: block.__name__)
 def test_both_ways_out_work(block: type[Block]) -> None:
     model = around(block())
@@ -219,6 +220,7 @@ def test_nothing_of_the_user_changes() -> None:
     assert not any(p.requires_grad for p in traced.parameters())
 
 
+@pytest.mark.slow
 def test_traces_pickle_copy_and_compile() -> None:
     model = backbone("ResNet")
     traced = trace(model, pictures())

@@ -14,9 +14,10 @@ from zoo_cases import CASES, SIZES, Kit, build
 from arch_zoo import MTAN, MultiTaskModel
 from arch_zoo.model import Inputs
 
-EVERY = [(case, kind) for case in CASES for kind in SIZES]
+VARIANT = {case: [pytest.mark.slow] * (" " in case) for case in CASES}  # of an architecture
+EVERY = [pytest.param(case, kind, marks=VARIANT[case]) for case in CASES for kind in SIZES]
 every = pytest.mark.parametrize(("case", "kind"), EVERY)
-each = pytest.mark.parametrize("case", CASES)
+each = pytest.mark.parametrize("case", [pytest.param(c, marks=VARIANT[c]) for c in CASES])
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -198,7 +199,14 @@ def test_initialize_again_changes_nothing(case: str) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.isidentifier()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case != "HPS"))
+        for case in CASES
+        if case.isidentifier()
+    ],
+)
 def test_compiles_whole(case: str) -> None:
     model, x = build(case, "vector"), Kit("vector").x()
     torch.manual_seed(0)

@@ -16,12 +16,14 @@ from arch_zoo import (
     DSelectK,
     ExpertBank,
     Features,
+    Gate,
     LearningToBranch,
     MMoE,
     MultiTaskModel,
 )
 from arch_zoo.model import Inputs, Reach
 
+EVEN = Gate(start="even")
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 kinds = pytest.mark.parametrize("kind", SIZES)
 
@@ -91,7 +93,7 @@ def test_dselect_k_of_one_expert_is_hps(kind: str, condition: str) -> None:
 def test_mmoe_is_the_written_formula(kind: str) -> None:
     kit, heads, x = doubled(kind)
     experts = [kit.stage() for _ in range(3)]
-    model = MMoE(loop(*experts), heads).double().initialize(x)
+    model = MMoE(loop(*experts), heads, gate=EVEN).double().initialize(x)
     outputs = model(x)
     for task in model.tasks:
         linear = model.levels[0].gates[task].layers[0]
@@ -144,7 +146,7 @@ def test_pinned_selectors_are_a_dense_gate(kind: str) -> None:
     kit, heads, x = doubled(kind)
     experts = [kit.stage() for _ in range(4)]
     sparse = DSelectK(loop(*experts), heads, k=4, condition="task").double()
-    dense = MMoE(loop(*experts), heads).double().initialize(x)
+    dense = MMoE(loop(*experts), heads, gate=EVEN).double().initialize(x)
     for task in sparse.tasks:
         logits = sparse.levels[0].gates[task].logits
         for i in range(4):

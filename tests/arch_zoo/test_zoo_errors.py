@@ -67,7 +67,8 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "unknown batch": (
         lambda: hps()({"a": X, "zz": X}),
-        "HPS: `x` must be among 'a', 'b', 'c', got 'zz'.",
+        "HPS: the keys of `x` must all be tasks, or none of them, got 'a', a task, and 'zz', which "
+        "is none. Wrap it in `PerTask` or in `OneBatch`.",
     ),
     "missing batch": (
         lambda: hps()({"a": X}, ["a", "b"]),
@@ -197,7 +198,8 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "resize": (
         lambda: MTAN(LAYER, HEADS, resize="min"),
-        "MTAN: `resize` must be 'max', 'avg' or 'interp', got 'min'.",
+        "MTAN: `resize` must be 'auto', 'max', 'avg' or 'interp', or one of these for each of the "
+        "1 stages, got 'min'.",
     ),
     "axes": (
         lambda: MTAN([nn.Identity(), nn.Flatten(2)], HEADS)(torch.ones(2, 3, 4, 5)),

@@ -128,6 +128,7 @@ def test_experts_drop_out_by_themselves() -> None:
         assert not torch.equal(dropped[:, 0], dropped[:, 1])
 
 
+@pytest.mark.slow
 def test_mapped_bank_compiles_whole() -> None:
     bank, _ = pair(convolution, "vmap")
     x = torch.ones(IMAGES, dtype=torch.float64)

@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @law
 @given(st.integers(1, 9), st.integers(1, 5), st.floats(0, 50), st.booleans())
 def test_softmax_gates_lie_on_the_simplex(n: int, width: int, scale: float, deep: bool) -> None:
-    gate = SoftmaxGate(Gate(hidden=(4,) if deep else ()), n).double()
+    gate = SoftmaxGate(Gate(hidden=(4,) if deep else (), start="even"), n).double()
     u = normal(3, width) * scale
     assert (gate(u)[0] == 1 / n).all()
     for parameter in gate.parameters():
@@ -206,7 +206,7 @@ def test_selectors_move_with_the_model() -> None:
 
 
 def test_bits_of_bright_images_do_not_start_frozen() -> None:
-    model = DSelectK(nn.Flatten, {"a": nn.Identity()}, num_experts=4, k=2)
+    model = DSelectK(nn.Flatten, {"a": nn.Identity()}, num_experts=4, k=2, normalise="layer")
     x = 100 * torch.rand(8, 64, 4, 4, generator=torch.Generator().manual_seed(0))
     logits: list[Tensor] = []
     model.initialize(x)
