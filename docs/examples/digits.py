@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import gradbal
-from gradbal.lab.demo.data import HEIGHT, WIDTH, Pictures
+from gradbal.lab.models.two_digits import HEIGHT, WIDTH
+from gradbal.lab.problems.problem import Examples
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 BATCH = 50  # pictures, in all processes together
@@ -35,29 +36,29 @@ class Net(nn.Module):
         return {task: head(features) for task, head in self.heads.items()}
 
 
-def labels_of(batch: Pictures) -> dict[str, Tensor]:
+def labels_of(batch: Examples) -> dict[str, Tensor]:
     """Return the label of every task."""
-    larger = (batch.left > batch.right).long()
-    return {"left": batch.left, "right": batch.right, "larger": larger}
+    left, right = batch.y["left"], batch.y["right"]
+    return {"left": left, "right": right, "larger": (left > right).long()}
 
 
-def losses_of(net: nn.Module, batch: Pictures) -> dict[str, Tensor]:
+def losses_of(net: nn.Module, batch: Examples) -> dict[str, Tensor]:
     """Return the mean loss of every task over the samples of this process."""
-    outputs, labels = net(batch.images), labels_of(batch)
+    outputs, labels = net(batch.x), labels_of(batch)
     return {task: nn.functional.cross_entropy(outputs[task], labels[task]) for task in labels}
 
 
-def batches(pictures: Pictures, epoch: int, part: int = 0, parts: int = 1) -> Iterator[Pictures]:
+def batches(pictures: Examples, epoch: int, part: int = 0, parts: int = 1) -> Iterator[Examples]:
     """Shuffle alike in all processes, and yield a part of each batch."""
-    order = torch.randperm(len(pictures.left), generator=torch.Generator().manual_seed(epoch))
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(epoch))
     for index in order.split(BATCH):
         yield pictures.take(index[part::parts])
 
 
 @torch.no_grad()
-def accuracies(net: nn.Module, pictures: Pictures) -> dict[str, float]:
+def accuracies(net: nn.Module, pictures: Examples) -> dict[str, float]:
     """Return the share of right answers, by task."""
-    outputs, labels = net(pictures.images), labels_of(pictures)
+    outputs, labels = net(pictures.x), labels_of(pictures)
     right = {task: outputs[task].argmax(dim=1) == labels[task] for task in labels}
     return {task: float(hits.float().mean()) for task, hits in right.items()}
 
