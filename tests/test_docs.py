@@ -1,5 +1,7 @@
 """Every snippet on every page runs; pages with heavy packages in ``integrations/test_pages.py``."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -47,3 +49,12 @@ def test_code_in_other_fences_is_no_python() -> None:
         if page != "migration.md":
             assert "{code-block}" not in text
         assert text.count("{code-block}") == len(re.findall(r"\(not run here; ", text))
+
+
+def test_imports_of_the_examples_exist() -> None:
+    """The examples with several ranks run every night; a module that moved shows here."""
+    for path in sorted((DOCS / "examples").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gradbal"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), path.name
