@@ -13,6 +13,7 @@ from hypothesis import settings
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
 settings.load_profile("seeded")
+collect_ignore_glob = ["*/conftest.py"]  # no doctests, and one name for several modules
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
