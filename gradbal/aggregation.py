@@ -25,7 +25,7 @@ from gradbal.rules._names import RuleName
 from gradbal.rules._registry import make_rule
 from gradbal.rules._state import state_like
 from gradbal.solvers.gram import (
-    TINY,
+    ROW_NOISE,
     by_batch,
     combine,
     combine_tiny,
@@ -159,7 +159,7 @@ def _context(
         epoch=_START.to(losses.device),
         values=values,
         names=_names(len(values)),
-        eps=_EPS[jacobian.dtype],
+        noise=ROW_NOISE * torch.finfo(jacobian.dtype).eps / 2,
         lr=rule.learned_lr or LEARNED_LR,
         base_lr=LEARNED_LR,
         buffers=[buffers],
@@ -232,8 +232,8 @@ def _probe(
 
 _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
 _START = torch.zeros((), dtype=torch.int64)  # no epoch ends here
+TINY = 1e-20  # squared norms below which weights may be too large for the rows' dtype
 _PLAIN = (torch.float32, torch.float64)
-_EPS = {dtype: torch.finfo(kind).eps for dtype, kind in WIDE.items()}
 
 
 def check_arguments(
@@ -286,10 +286,10 @@ def host_gram(batches: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """
     rows = batches[0] if len(batches) == 1 else torch.cat([*batches])
     gram = gram_matrix(rows).cpu()
-    if not needs_scaling(gram.diagonal().tolist()):
-        return gram, False
-    gram = gram_matrix(rows, scaled=True).cpu()
     squares = gram.diagonal().tolist()
+    if rows.dtype == torch.float64 and needs_scaling(squares):
+        gram = gram_matrix(rows, scaled=True).cpu()
+        squares = gram.diagonal().tolist()
     check_finite(squares)
     return gram, any(0 < square < TINY for square in squares)
 

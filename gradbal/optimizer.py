@@ -117,7 +117,7 @@ class MTLOptimizer(WrappedOptimizer):
         self.shared = None if shared is None else tensors_of(shared)
         self.gram_over = None if gram_over is None else tensors_of(gram_over)
         learner = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adam"
-        self.core = Core(rule, tasks=tasks, learner=learner, seed=seed)
+        self.core = Core(rule, tasks=tasks, learner=learner, seed=seed, capturable=capturable)
         super().__init__(optimizer)
 
     # ------------------------------------------------------------------ what users call

@@ -37,6 +37,18 @@ def profiler_enabled() -> bool:
     return bool(profiler._is_profiler_enabled)
 
 
+def reduces_float32(device: torch.device) -> bool:
+    """Say whether torch may compute products of float32 matrices in a lower precision.
+
+    Newer releases have a switch for each backend and raise where the older one is read after it.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    switch = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if switch is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return switch not in ("ieee", "none")
+
+
 # ---------------------------------------------------------------------- tensors saved by a node
 
 

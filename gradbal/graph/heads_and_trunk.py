@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
@@ -54,6 +55,8 @@ class Plan:
         sharded: Whether the parameters are those of ``fully_shard``, which the graph does not show.
         mixed: Whether several tasks use one leaf beside the region below the cut.
         peers: How many processes work together on one part of the batch.
+        nodes: Every node of the graph.
+        roundoff: Unit of roundoff of the narrowest dtype in the graph; autocast makes one.
     """
 
     roots: list[GradientEdge]
@@ -73,6 +76,8 @@ class Plan:
     sharded: bool = False
     mixed: bool = False
     peers: int = 1
+    nodes: Sequence[Node] = ()
+    roundoff: float = torch.finfo(torch.float64).eps / 2
 
 
 def make_plan(
@@ -122,6 +127,7 @@ def make_plan(
         hidden="CheckpointFunctionBackward" in walk.kinds,
         apart=common <= region and not sinks,
         static=any(sink.ddp_weakref().static_graph for sink in sinks),
+        nodes=walk.order,
     )
 
     def shares(number: int, reached: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradbal._utils.devices import on_device
 from gradbal._utils.dtensor import is_sharded
 from gradbal._utils.torch_private import saved, signed
 
@@ -60,7 +61,7 @@ class Batch:
         weights = self._shared(weights)
         if weights is None:
             return torch.ones_like(self.joined)
-        return weights.to(self.joined).expand_as(self.joined)
+        return on_device(weights, self.joined.device).to(self.joined.dtype).expand_as(self.joined)
 
     @cached_property
     def n_elsewhere(self) -> int:

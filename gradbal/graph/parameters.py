@@ -143,11 +143,6 @@ class Roles:
                 "nothing to compare; name modules that several tasks use."
             )
 
-    def eps(self, shared: set[int]) -> float:
-        """Return the relative rounding error of inner products."""
-        single = any(self.params[number].dtype != torch.float64 for number in shared)
-        return torch.finfo(torch.float32 if single else torch.float64).eps
-
 
 def parameter_list(base: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters of the optimizer, each once, in the order of its groups."""

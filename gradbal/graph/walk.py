@@ -1,14 +1,15 @@
 """The recorded graph: its nodes in order, the tasks above each, and where regions are entered."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal._utils.torch_private import DDP_SINK, LEAF, saved, saves
+from gradbal._utils.torch_private import DDP_SINK, LEAF, output_metadata, saved, saves
 
 Boundary = tuple[GradientEdge, ...]
 Edge = tuple[Node | None, int]
@@ -90,6 +91,13 @@ def walk_graph(
                 if not left[child]:
                     stack.append(child)
     return Walk(order, edges, tasks, users, sinks)
+
+
+def unit_roundoff(nodes: Iterable[Node]) -> float:
+    """Return the unit of roundoff of the narrowest dtype in which gradients pass some nodes."""
+    dtypes = {output.dtype for node in nodes for output in output_metadata(node)}
+    found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    return max(found, default=torch.finfo(torch.float64).eps) / 2
 
 
 def behind_sinks(edge: Edge) -> Edge:

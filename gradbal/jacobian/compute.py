@@ -23,6 +23,7 @@ from gradbal.jacobian.pull import Rows, Segment, pull
 from gradbal.jacobian.representation import Represented, boundary, represented
 from gradbal.jacobian.streamed import GramOnly, Streamed
 from gradbal.jacobian.task_gradients import AnySink, TaskGradients
+from gradbal.solvers.gram import ROW_NOISE
 
 
 class Descent:
@@ -103,11 +104,10 @@ class Descent:
             sink = self._keep(plans, seeds, heads, shared, n_rows, retain_graph)
         else:
             sink = self._stream(plan, batch.seeds(scale), heads, shared, n_rows, retain_graph)
-        found = self._collected(batch.tasks, heads, sink, plan.reached, shared, 1 + len(further))
+        found = self._collected(batch.tasks, heads, sink, plan, shared, 1 + len(further))
         if plan.sharded and isinstance(sink, Represented):
             here = [i for i, v in enumerate(sink.held) if any(one is not None for one in v)]
-            eps = self.roles.eps(self.roles.shards)
-            return replace(found, members={MODEL: here}, eps=eps, seeds=batch.seeds(scale))
+            return replace(found, members={MODEL: here}, seeds=batch.seeds(scale))
         return found
 
     def _represent(
@@ -245,7 +245,7 @@ class Descent:
             self.keep.take(here, Rows(i, [found[number] for number in here]))
             heads.grads[i] = {n: grad for n, grad in found.items() if n not in shared}
         self.keep.close()
-        return self._collected(tasks, heads, self.keep, plan.reached, shared)
+        return self._collected(tasks, heads, self.keep, plan, shared)
 
     def direction(
         self,
@@ -322,11 +322,11 @@ class Descent:
         tasks: list[int],
         heads: Heads,
         sink: AnySink,
-        reached: Mapping[int, int],
+        plan: Plan,
         shared: set[int],
         n_batches: int = 1,
     ) -> TaskGradients:
         """Add which tasks reach which group."""
         one = self.roles.some or isinstance(sink, GramOnly)
-        groups = self.roles.members(tasks, reached, shared, one=one)
-        return TaskGradients(tasks, heads, sink, groups, self.roles.eps(shared), n_batches)
+        groups = self.roles.members(tasks, plan.reached, shared, one=one)
+        return TaskGradients(tasks, heads, sink, groups, ROW_NOISE * plan.roundoff, n_batches)

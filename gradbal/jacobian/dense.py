@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradbal._utils.devices import on_device
 from gradbal.distributed import ALONE, Processes, shared_out
 from gradbal.jacobian.blocks import Block, Room, lay_out, place_of
 from gradbal.jacobian.pull import Rows
@@ -52,6 +53,7 @@ class Keep:
             n_tasks: Rows in use.
         """
         self.groups, self.n_tasks = groups, n_tasks
+        self.device = params[0].device if params else torch.device("cpu")
         self.sparse = {number: [None] * n_tasks for number in groups if number in sparse}
         places = [place_of(params[number]) for number in groups]
         layout = (groups, places, frozenset(self.sparse), n_rows)
@@ -116,7 +118,12 @@ class Keep:
             for number, rows in self.sparse.items()
             if self.groups[number] == group and any(row is not None for row in rows)
         ]
-        return summed(parts) if parts else torch.zeros(self.n_tasks, self.n_tasks).double()
+        return summed(parts) if parts else self.empty_gram()
+
+    def empty_gram(self) -> Tensor:
+        """Return the inner products of rows without entries, where the parameters are."""
+        size = (self.n_tasks, self.n_tasks)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def direction(self, weigh: Weigh) -> dict[int, Tensor]:
         """Return the weighted sum of the rows in new tensors, one per parameter.
@@ -131,7 +138,7 @@ class Keep:
                 continue
             rows, mine = block.mine(len(weights)), block.columns.mine
             flat = torch.empty(block.columns.width, dtype=rows.dtype, device=rows.device)
-            combine(rows, weights.to(rows.device), flat[mine])
+            combine(rows, on_device(weights, rows.device), flat[mine])
             self.exchange.spread(block, flat)
             views = block.views(flat)
             out |= {number: view for number, view in views.items() if number in self.written}

@@ -121,12 +121,12 @@ def worthwhile(uses: Sequence[Use], n_tasks: int, size: int | None = None) -> bo
     if isinstance(uses[0], Lookup):
         return m * rows < (m - 1) * b
     formed = m * a * b * (rows + ENTRY)
-    root = DOUBLE * rows * rows * (b + rows) if size is None else rows * b * size
+    square = DOUBLE * rows * rows * b if size is None else rows * b * size
     narrow = rows if size is None else size  # rows of what stands for the inputs
     entry = IMAGE if isinstance(uses[0], Convolution) else ENTRY
-    gram = m * a * (narrow * (rows + m) + rows * entry)
+    gram = m * a * (DOUBLE * narrow * (rows + m) + rows * entry)
     direction = rows * a * b
-    return members * (root + gram + direction) + CALLS < members * formed
+    return members * (square + gram + direction) + CALLS < members * formed
 
 
 def _shrinks(uses: Sequence[Use], size: int) -> bool:

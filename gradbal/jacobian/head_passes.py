@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradbal._utils.devices import on_device
 from gradbal._utils.dtensor import own_part
 from gradbal._utils.torch_private import ones_at
 from gradbal.graph.heads_and_trunk import Plan
@@ -38,9 +39,9 @@ class Heads:
         for task, grads in enumerate(self.grads):
             for number, grad in grads.items():
                 if weights is not None:
-                    weight = weights[task]
-                    weight = weight.to(grad.device) if isinstance(weight, Tensor) else weight
-                    grad = (grad * weight).to(grad.dtype)
+                    if isinstance(weights, Tensor):
+                        weights = on_device(weights, grad.device)
+                    grad = (grad * weights[task]).to(grad.dtype)
                 out[number] = added(out[number], grad) if number in out else grad
         return out
 

@@ -13,6 +13,7 @@ from gradbal._utils.torch_private import order_of_creation
 from gradbal.graph.heads_and_trunk import Plan, make_plan
 from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import Roles
+from gradbal.graph.walk import unit_roundoff
 from gradbal.jacobian.autotune import ENGINES, Choices, Chooser
 from gradbal.jacobian.engines import Engine, Factored, Representation
 from gradbal.jacobian.layers import Layer
@@ -56,6 +57,7 @@ class Planner:
         self.log, self.seed = Log(), 0
         self.hidden = False
         self.reached: Mapping[int, int] = {}
+        self.roundoffs: dict[tuple[int, int], float] = {}  # by number of tasks and nodes
         self.newest = 0  # when the last batch was recorded, in nodes
         self.recorded: tuple[list[int], int] | None = (
             None  # its tasks, and nodes since the one before
@@ -128,6 +130,10 @@ class Planner:
                 shared=self.roles.named,
                 tag=tag,
             )
+        size = len(plan.tasks), len(plan.nodes)
+        if size not in self.roundoffs:  # a narrower dtype comes with other nodes
+            self.roundoffs[size] = unit_roundoff(plan.nodes)
+        plan.roundoff = self.roundoffs[size]
         plan.foreign -= min(plan.foreign, batch.n_elsewhere)  # a leaf stands for each
         if plan.foreign and self.roles.shards - plan.reached.keys() == self.roles.shards > set():
             own: list[list[int]] = [[] for _ in plan.roots]

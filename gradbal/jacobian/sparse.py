@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradbal._utils.devices import on_device
 from gradbal.jacobian.unformed import Product, product_gram
 from gradbal.solvers.gram import added, sparse_gram
 
@@ -29,11 +30,13 @@ def weighted(rows: Sequence[Row], weights: Tensor) -> Tensor | None:
         each = [row.cotangents if isinstance(row, Product) else nothing for row in rows]
         return layer.gradient([weighted(c, weights) for c in zip(*each, strict=True)])
     total, dtype = None, torch.float32
+    some = next((row for row in rows if isinstance(row, Tensor)), None)
+    weights = weights if some is None else on_device(weights, some.device)
     for row, weight in zip(rows, weights, strict=True):
         if isinstance(row, Tensor):
             dtype = row.dtype
             wide = torch.promote_types(dtype, torch.float32)
-            term = row.to(wide) * weight.to(row.device, wide)
+            term = row.to(wide) * weight.to(wide)
             total = term if total is None else added(total, term)
     return None if total is None else total.to(dtype)
 

@@ -22,7 +22,7 @@ class TaskGradients:
         heads: Gradients of parameters that belong to one task.
         sink: Gradients of shared parameters.
         members: For each group the positions of the tasks that reach it.
-        eps: Relative rounding error of Gram matrices made from them.
+        noise: Their relative rounding error.
         n_batches: Number of batches; the rows of further ones follow those of the first.
         seeds: Initial gradient of each loss, for rows that end at the cut.
     """
@@ -31,7 +31,7 @@ class TaskGradients:
     heads: Heads
     sink: AnySink
     members: dict[str, list[int]]
-    eps: float
+    noise: float
     n_batches: int = 1
     seeds: Sequence[Tensor | None] = ()
 

@@ -34,17 +34,15 @@ class Product:
 
 
 def product_gram(rows: Sequence[Product | None], *, scaled: bool = False) -> Tensor:
-    r"""Compute the inner products of gradients :math:`G_k^\top X` of one parameter.
+    r"""Compute the inner products of gradients :math:`G_k^\top X` of one parameter, in float64.
 
-    With :math:`X X^\top = L L^\top` they are those of :math:`L^\top G_k`, which has as many rows
-    as the layer has seen, however wide its input. In float64 they are
-    :math:`\langle G_i, X X^\top G_j \rangle` without detour: what cancels between samples in a
-    gradient cancels there to the square, for which narrower numbers have too few digits. With a
-    sketch S of the layer they are those of :math:`G_k^\top X S`, which is right on average.
+    They are :math:`\langle G_i, X X^\top G_j \rangle`. What cancels between samples in a gradient
+    cancels here to the square, for which float64 has digits enough. With a sketch S of the layer
+    they are those of :math:`G_k^\top X S`, which is right on average.
 
     Args:
         rows: One per task; None counts as zero. Their uses go together.
-        scaled: Protect against under- and overflow in float32.
+        scaled: Protect float64 rows against under- and overflow.
 
     Returns:
         Shape ``[m, m]``, float64.
@@ -65,25 +63,19 @@ def product_gram(rows: Sequence[Product | None], *, scaled: bool = False) -> Ten
     inputs = [use.inputs().double() for use in outer]
     whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
     square = whole @ whole.mT
-    if factors.dtype == torch.float64:
-        gram = factors.flatten(1) @ (square @ factors).flatten(1).T
-        return (gram + gram.T) / 2
-    return gram_matrix((_root(square).mT.float() @ factors).flatten(1), scaled=scaled)
+    gram = factors.flatten(1) @ (square @ factors).flatten(1).T
+    return (gram + gram.T) / 2
 
 
 def _factors(rows: Sequence[Product | None], uses: Sequence[Use]) -> Tensor:
-    """Lay out the tasks' factors for all uses, ``[m, members, rows, a]``, float32 or float64."""
+    """Lay out the tasks' factors for all uses, ``[m, members, rows, a]``, float64."""
     starts, count = {}, 0
     for use in uses:
         starts[use] = count
         count += use.sizes.rows
     members, _, a, _ = uses[0].sizes
-    present = [c for row in rows if row is not None for c in row.cotangents if c is not None]
-    tf32 = any(c.is_cuda for c in present) and torch.backends.cuda.matmul.allow_tf32
-    wide = torch.float64 if tf32 else torch.float32
-    for kind in {c.dtype for c in present}:
-        wide = torch.promote_types(wide, kind)
-    factors = present[0].new_zeros((len(rows), members, count, a), dtype=wide)
+    some = next(c for row in rows if row is not None for c in row.cotangents if c is not None)
+    factors = some.new_zeros((len(rows), members, count, a), dtype=torch.float64)
     for row, factor in zip(rows, factors, strict=True):
         for use, cotangent in zip(row.layer.uses, row.cotangents, strict=True) if row else ():
             if cotangent is not None:
@@ -97,20 +89,3 @@ def _by_index(indices: Tensor, factors: Tensor, count: int) -> Tensor:
     places = indices.new_empty(count)
     places[indices] = torch.arange(len(indices), device=indices.device)
     return torch.zeros_like(factors).index_add_(2, places[indices], factors)
-
-
-def _root(square: Tensor) -> Tensor:
-    r"""Return L with :math:`L L^\top = X X^\top`, for a batch of matrices in float64.
-
-    What is factored are the cosines, so that rows of any lengths are kept, with a ridge of the
-    size of rounding errors, so that rows may depend on each other. If it cannot be done all the
-    same, the answer is not a number, rather than a wrong one.
-    """
-    lengths = square.diagonal(dim1=1, dim2=2).sqrt()[:, :, None]
-    divisors = lengths.where(lengths > 0, 1)
-    cosines = square / (divisors * divisors.mT)
-    ridge = 10 * len(square[0]) * torch.finfo(square.dtype).eps
-    cosines.diagonal(dim1=1, dim2=2).add_(ridge)
-    root: Tensor
-    root, info = torch.linalg.cholesky_ex(cosines)
-    return (root * lengths).masked_fill((info != 0)[:, None, None], torch.nan)

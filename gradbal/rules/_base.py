@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradbal._utils.dtensor import part_of
-from gradbal.solvers.gram import total_gram, total_vector
+from gradbal.solvers.gram import ROUNDING, ROW_NOISE, total_gram, total_vector
 
 State = dict[str, Tensor]
 Rows = list[Tensor]  # task gradients, one tensor of shape [m, *shape] per parameter
@@ -65,13 +65,14 @@ class Context:
         state: The rule's tensors, restricted to the present tasks; a working copy that is
             kept only when the step succeeds, so a rule may change or rebind its entries.
         source: What :attr:`generator` gives; None for one that depends on seed and step alone.
-        step: Solves done before this one.
+        step: Solves done before this one; with ``capturable`` a 0-dim tensor on the device of the
+            signal, so that a rule must not branch on it.
         seed: Seed of :meth:`uniform`.
         capturable: Whether nothing may be read back from the device.
         epoch: How often the user has called ``end_epoch``, 0-dim, on the device of the signal.
         names: Names of the present tasks.
         values: The losses as Python numbers, or None with ``capturable``.
-        eps: Relative rounding error of the Gram matrix, from the dtype of the gradients.
+        noise: Relative rounding error of a task gradient, from the narrowest dtype in the graph.
         stats: What a rule wants to be seen by diagnostics, such as a solver's residual: 0-dim, or
             one number per task.
         slopes: Gradients for the rule's ``learned`` tensors, by name.
@@ -95,13 +96,13 @@ class Context:
     losses: Tensor
     state: State
     source: torch.Generator | None = None
-    step: int = 0
+    step: int | Tensor = 0
     seed: int = 0
     capturable: bool = False
     epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     names: tuple[str, ...] = ()
     values: list[float] | None = None
-    eps: float = torch.finfo(torch.float64).eps
+    noise: float = ROW_NOISE * torch.finfo(torch.float64).eps / 2
     stats: dict[str, Any] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     lr: float | Tensor = 0.0
@@ -116,10 +117,19 @@ class Context:
     probe: Callable[..., Probed] = no_probe
 
     @property
+    def eps(self) -> float:
+        """Part of a squared norm below which a Gram matrix holds nothing but rounding errors.
+
+        Those of its own float64 sums, or the square of the task gradients' own: gradients that
+        depend on each other have a cosine matrix whose smallest eigenvalue is about that large.
+        """
+        return max(ROUNDING, self.noise**2)
+
+    @property
     def generator(self) -> torch.Generator:
         """The only source of randomness, on the CPU; with ``capturable`` on the signal's device."""
         if self.source is None:  # made when it is asked for: most rules never do
-            self.source = torch.Generator().manual_seed(mix(self.seed, self.step))
+            self.source = torch.Generator().manual_seed(mix(self.seed, int(self.step)))
         return self.source
 
     def uniform(self, index: int, like: Tensor) -> Tensor:
@@ -138,7 +148,7 @@ class Context:
         dtype = torch.promote_types(like.dtype, torch.float32)
         if self.capturable:
             return torch.rand(like.shape, generator=self.generator, dtype=dtype, device=like.device)
-        seed = mix(self.seed, self.step, index)
+        seed = mix(self.seed, int(self.step), index)
         generator = torch.Generator(like.device).manual_seed(seed)
         whole = self.shards.get(index, like)
         draw = torch.rand(whole.shape, generator=generator, dtype=dtype, device=like.device)

@@ -10,6 +10,8 @@ from gradbal.rules._learned import slots
 
 Axes = dict[str, tuple[int, ...]]
 
+_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
 
 def new_state(rule: Rule, learner: str, n_tasks: int, device: torch.device) -> State:
     """Make a rule's tensors, those of its learner among them, as at the first step.
@@ -111,6 +113,22 @@ def grown_rows(buffers: State, axes: Axes, n_tasks: int) -> State:
     }
 
 
+def task_index(tasks: Sequence[int], device: torch.device) -> Tensor:
+    """Return the numbers of tasks as an index on a device, made once: a copy there makes it wait.
+
+    Args:
+        tasks: Numbers of the tasks.
+        device: Where the index is used.
+    """
+    key = tuple(tasks), device
+    index = _INDICES.get(key)
+    if index is None:
+        index = torch.tensor(key[0], device=device, dtype=torch.int64)
+        if type(index) is Tensor:  # no mode or subclass that ends before this process does
+            _INDICES[key] = index
+    return index
+
+
 def part(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> Tensor:
     """Return a copy of a tensor, restricted to some tasks.
 
@@ -121,7 +139,7 @@ def part(tensor: Tensor, axes: tuple[int, ...], tasks: Sequence[int] | None) -> 
     """
     if tasks is None or not axes:
         return tensor.clone()
-    index = torch.tensor(tasks, device=tensor.device)
+    index = task_index(tasks, tensor.device)
     for axis in axes:
         tensor = tensor.index_select(axis, index)
     return tensor
@@ -133,7 +151,7 @@ def merged(
     """Return a tensor in which some tasks have new entries; the arguments are as in ``part``."""
     if tasks is None or not axes:
         return new
-    index = torch.tensor(tasks, device=whole.device)
+    index = task_index(tasks, whole.device)
     if len(axes) == 1:
         return whole.index_copy(axes[0], index, new)
     whole = whole.clone()

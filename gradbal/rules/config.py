@@ -62,7 +62,7 @@ class ConFIG(GramRule):
         shares = self._shares(cosines, present, absent, ctx)
         slopes = cosines @ shares
         square = shares @ slopes
-        moving = square > (FLAT * shares.abs().sum()).square()
+        moving = square > (max(FLAT, ctx.noise) * shares.abs().sum()).square()
         if self.length_model == "projection":
             size = norms @ slopes / square
         else:

@@ -61,7 +61,7 @@ class DBMTL(GradientRule):
             return Weights(self._factors(norms) * inverse, inverse)
         past = self.beta / (ctx.step + 1) ** self.beta_sigma
         rows = [
-            row.lerp(kept["average"], past)
+            row + past * (kept["average"] - row)
             for kept, row in zip(ctx.buffers, times(grads, inverse), strict=True)
         ]
         ctx.buffers = [{"average": row} for row in rows]

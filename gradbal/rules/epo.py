@@ -69,7 +69,7 @@ class EPO(GramRule):
         uneven = torch.special.xlogy(shares, ratios).sum()
         lean = ratios.log() - uneven
         rounding = len(gram) * ctx.eps
-        lean = lean.where(present & (lean.abs() > rounding), 0)  # not the sign of rounding errors
+        lean = lean.where(present & (lean.abs() > len(gram) * ctx.noise), 0)  # rounding has no sign
         pull = gram @ (ray * lean)
 
         balance, lowered = uneven > self.eps, pull > 0

@@ -83,7 +83,7 @@ class GradNorm(GramRule):
         rates = relative / relative.mean().where(relative.mean() != 0, 1)
         targets = weighted.mean() * rates.clamp(min=0) ** self.alpha
         gap = weighted - targets
-        met = gap.abs() <= TIE * ctx.eps * weighted.amax()  # not the sign of rounding errors
+        met = gap.abs() <= TIE * ctx.noise * weighted.amax()  # not the sign of rounding errors
         slope = gap.masked_fill(met, 0).sign() * norms
         if self.parametrization == "softmax":
             slope = weights * (slope - (weights @ slope) / len(weights))

@@ -76,7 +76,7 @@ class MoCo(GradientRule):
     ) -> list[Tensor]:
         share = self.beta / (ctx.step + 1) ** self.beta_sigma
         rows = [
-            kept["average"].lerp(grad.to(kept["average"].dtype), share)
+            kept["average"] + share * (grad.to(kept["average"].dtype) - kept["average"])
             for kept, grad in zip(ctx.buffers, self._normalized(grads, ctx), strict=True)
         ]
         ctx.buffers = [{"average": row} for row in rows]

@@ -8,11 +8,12 @@ from torch import Tensor
 from gradbal._utils import checks
 from gradbal.solvers.active_set import GATHER, PATIENCE
 from gradbal.solvers.equilibrate import equilibrate
-from gradbal.solvers.interior_point import FLOOR, predict_correct
+from gradbal.solvers.interior_point import FLOOR, all_supports, predict_correct
 from gradbal.solvers.min_norm import cancels, min_norm
 from gradbal.solvers.solution import Solution
 
 _LOST = 1e-4  # a residual above this is no solution
+_ENUMERATED = 5  # on a device up to this size every support is tried
 _TINY = 1e-300
 
 
@@ -89,18 +90,18 @@ class _Problem(NamedTuple):
 
     def level(self, points: Tensor) -> Tensor:
         """Return the objective, whatever the length of ``points``; its minimum is ``t``."""
-        length = (points @ self.cosines @ points).clamp(min=0).sqrt()
-        return (self.lean @ points + self.c * length) / (self.near @ points).clamp(min=_TINY)
+        length = ((points @ self.cosines) * points).sum(-1).clamp(min=0).sqrt()
+        return (points @ self.lean + self.c * length) / (points @ self.near).clamp(min=_TINY)
 
     def slopes(self, points: Tensor, level: Tensor) -> Tensor:
         """Return ``y``."""
-        return self.cosines @ points + self.lean - level * self.near
+        return points @ self.cosines + self.lean - level.unsqueeze(-1) * self.near
 
     def residual(self, points: Tensor) -> Tensor:
         """Return the violation of the conditions, after scaling ``points`` to length ``c``."""
-        length = (points @ self.cosines @ points).clamp(min=_TINY).sqrt()
-        points = points * (self.c / length)
-        return torch.minimum(points, self.slopes(points, self.level(points))).abs().amax()
+        length = ((points @ self.cosines) * points).sum(-1).clamp(min=_TINY).sqrt()
+        points = points * (self.c / length).unsqueeze(-1)
+        return torch.minimum(points, self.slopes(points, self.level(points))).abs().amax(-1)
 
 
 def _pose(cosines: Tensor, norms: Tensor, c: float) -> tuple[_Problem, Tensor]:
@@ -126,7 +127,20 @@ def _solve(
         points, residual, n_iter = _exchange(problem, tol, max_iter)
         if residual.item() <= tol:
             return points, residual, n_iter
+    elif len(near) <= _ENUMERATED:
+        return *_best_support(problem), 0
     return _interior_point(problem, None if capturable else tol, max_iter)
+
+
+def _best_support(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Solve on every support that there is, and take the best."""
+    m = len(problem.near)
+    free = all_supports(m, problem.near.device) & (problem.near > 0)
+    solved = _on_set(problem, free, capturable=True)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    points = torch.cat((solved, _polish(problem, solved, free))).clamp(min=0)
+    residuals = problem.residual(points).where(points.amax(-1) > 0, torch.inf)
+    least, best = residuals.nan_to_num(nan=torch.inf).min(0, keepdim=True)
+    return points.index_select(0, best).squeeze(0), least.squeeze(0)
 
 
 def _exchange(problem: _Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor, int]:
@@ -165,7 +179,7 @@ def _on_set(problem: _Problem, free: Tensor, capturable: bool = False) -> tuple[
         up, back = torch.zeros_like(both).index_copy(0, index, inner).unbind(-1)
     square, mixed, rest = up @ near, up @ lean, back @ lean - c * c
     level = (mixed + (mixed * mixed - square * rest).clamp(min=0).sqrt()) / square
-    return level * up - back, level
+    return level.unsqueeze(-1) * up - back, level
 
 
 def _interior_point(
@@ -195,11 +209,11 @@ def _interior_point(
 
 def _polish(problem: _Problem, points: Tensor, free: Tensor) -> Tensor:
     """Newton steps on the support; proximal, so that a singular block does no harm."""
-    eye = torch.eye(len(free), dtype=points.dtype, device=points.device)
+    eye = torch.eye(free.shape[-1], dtype=points.dtype, device=points.device)
     block = torch.where(free.unsqueeze(-1), problem.cosines + 10 * FLOOR * eye, eye)
-    factor, pivots, _ = torch.linalg.lu_factor_ex(block)
+    inverse = torch.linalg.inv_ex(block)[0]
     points = points * free
     for _ in range(4):
         slopes = problem.slopes(points, problem.level(points)) * free
-        points = points - torch.linalg.lu_solve(factor, pivots, slopes.unsqueeze(-1)).squeeze(-1)
+        points = points - (inverse @ slopes.unsqueeze(-1)).squeeze(-1)
     return points

@@ -1,19 +1,26 @@
-"""Inner products and combinations of rows, in a precision that can be trusted."""
+"""Inner products and combinations of rows, exact to float64 rounding."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache, wraps
+from importlib import import_module
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from gradbal._utils.devices import on_device
+from gradbal._utils.torch_private import reduces_float32
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK = 2**20  # columns that are converted at a time
-PIECE = 2**16  # columns of long rows that a CPU multiplies at a time: thin products are slow
-TINY, HUGE = 1e-20, 1e30  # squared norms between which float32 products neither vanish nor overflow
+PIECE = 2**17  # entries that a CPU converts at a time: they stay in its cache
+ROUNDING = 2.0**-49  # relative error of inner products, from sums in float64
+ROW_NOISE = 6  # relative error of a task gradient, in units of roundoff of the narrowest dtype
+TINY, HUGE = 1e-280, 1e300  # squared norms between which no square vanishes or overflows
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -39,44 +46,69 @@ def _device_types() -> tuple[str, ...]:
 
 
 def gram_matrix(rows: Tensor, *, scaled: bool = False) -> Tensor:
-    """Compute the inner products of rows.
+    """Compute the inner products of rows, exact to float64 rounding.
 
-    Products are accumulated in at least float32, never in TF32, whatever the global flags say.
+    Products of float16, bfloat16 and float32 numbers are exact in float64 and are summed in
+    float64, in pieces. No switch of torch (TF32, reduced precision) changes the result.
 
     Args:
         rows: Shape ``[m, n]``.
-        scaled: First divide by the power of two next to the largest entry, so that nothing
-            under- or overflows; costs one more read.
+        scaled: First divide float64 rows by the power of two next to the largest entry, so that
+            no square under- or overflows; costs one more read. Squares of narrower numbers are
+            always within the range of float64.
 
     Returns:
         Shape ``[m, m]``, float64, on the device of ``rows``.
     """
     if rows.is_complex():  # the inner product is the real part of the complex one
         rows = torch.view_as_real(rows).flatten(1)
-    if not scaled and _is_plain(rows):
-        cached = rows.device.type != "cpu" or rows.numel() <= CHUNK
-        pieces = (rows,) if cached else torch.split(rows, PIECE, dim=1)
-        total = (pieces[0] @ pieces[0].T).double()
-        for piece in pieces[1:]:
-            total += piece @ piece.T
-        return total
-    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
-    if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        dtype = torch.float64
-    total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    exponent = torch.zeros((), dtype=torch.int32, device=rows.device)
-    scaled = scaled and rows.numel() > 0
-    if scaled:
-        largest = torch.linalg.vector_norm(rows, float("inf"))
-        exponent = torch.frexp(largest.double()).exponent
-        one = torch.ones((), dtype=dtype, device=rows.device)
-        halves = [torch.ldexp(one, -(exponent // 2)), torch.ldexp(one, exponent // 2 - exponent)]
-    for chunk in torch.split(rows, CHUNK, dim=1):
-        chunk = chunk.to(dtype)
-        if scaled:
-            chunk = (chunk * halves[0]).mul_(halves[1])
-        total += (chunk @ chunk.T).double()
-    return torch.ldexp(total, 2 * exponent)
+    if not scaled or rows.dtype != torch.float64 or not rows.numel():
+        return _gram(rows)
+    largest = torch.linalg.vector_norm(rows, float("inf"))
+    exponent = torch.frexp(largest).exponent
+    one = torch.ones_like(largest)
+    halves = torch.ldexp(one, -(exponent // 2)), torch.ldexp(one, exponent // 2 - exponent)
+    pieces = torch.split(rows, CHUNK, dim=1)
+    total = sum(_gram((piece * halves[0]).mul_(halves[1])) for piece in pieces)
+    return torch.ldexp(torch.as_tensor(total), 2 * exponent)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Compute the same for real rows, in pieces that stay in a cache or fill a card."""
+    if (kernels := fused(rows)) is not None:
+        found: Tensor = kernels.gram(rows)
+        return found
+    m, n = rows.shape
+    width = max(PIECE // max(m, 1), 1024) if rows.device.type == "cpu" else 4 * CHUNK
+    pieces = (rows,) if n <= width else torch.split(rows, width, dim=1)
+    total = _square(pieces[0])
+    for piece in pieces[1:]:
+        total += _square(piece)
+    return total
+
+
+def _square(rows: Tensor) -> Tensor:
+    wide = rows.double()
+    return wide @ wide.T
+
+
+def fused(rows: Tensor) -> ModuleType | None:
+    """Return the kernels for rows on a CUDA card, or None where plain operations are to be used.
+
+    That is on other devices, without Triton, for subclasses of tensors, and while torch.compile
+    traces.
+    """
+    if rows.device.type != "cuda" or type(rows) is not Tensor or rows.stride(-1) != 1:
+        return None
+    return None if torch.compiler.is_compiling() else _kernels()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        return import_module("gradbal.solvers.kernels")
+    except ImportError:
+        return None
 
 
 def largest_entries(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -114,28 +146,34 @@ def total_gram(rows: Sequence[Tensor], *, host: bool = False) -> Tensor:
     Returns:
         Shape ``[m, m]``, float64.
     """
-    device = torch.device("cpu") if host else rows[0].device
     if host:
-        total = _sum_of_grams(rows, device, scaled=False)
-        if not needs_scaling(total.diagonal().tolist()):
+        total = _sum_of_grams(rows, scaled=False).cpu()
+        narrow = all(row.dtype != torch.float64 for row in rows)
+        if narrow or not needs_scaling(total.diagonal().tolist()):
             return total
-    return _sum_of_grams(rows, device, scaled=True)
+    total = _sum_of_grams(rows, scaled=True)
+    return total.cpu() if host else total
 
 
 def total_vector(parts: Sequence[Tensor], *, host: bool = False) -> Tensor:
     """Sum vectors of one shape in float64, brought to the host if asked for."""
-    device = torch.device("cpu") if host else parts[0].device
-    moved = [part.to(device, torch.float64) for part in parts]
-    return moved[0] if len(moved) == 1 else torch.stack(moved).sum(dim=0)
+    total = _summed([part.double() for part in parts])
+    return total.cpu() if host else total
 
 
-def _sum_of_grams(rows: Sequence[Tensor], device: torch.device, *, scaled: bool) -> Tensor:
-    grams = [gram_matrix(row.flatten(1), scaled=scaled).to(device) for row in rows]
-    return grams[0] if len(grams) == 1 else torch.stack(grams).sum(dim=0)
+def _sum_of_grams(rows: Sequence[Tensor], *, scaled: bool) -> Tensor:
+    return _summed([gram_matrix(row.reshape(len(row), -1), scaled=scaled) for row in rows])
+
+
+def _summed(parts: Sequence[Tensor]) -> Tensor:
+    """Sum tensors of one shape on the device of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0)
 
 
 def needs_scaling(squares: Sequence[float]) -> bool:
-    """Say whether some squared norm may have vanished or overflowed in float32."""
+    """Say whether a square in a sum of float64 squares may have vanished or overflowed."""
     return not (min(squares) > TINY and sum(squares) < HUGE)  # a sum with NaN is not
 
 
@@ -178,15 +216,20 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         weights: Shape ``[m]``, float64, on the device of ``rows``.
         out: Where to write, shape ``[n]``; None for a new tensor.
     """
-    if _is_plain(rows):
-        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
     if out is None:
         out = rows.new_empty(rows.shape[1])
     if rows.is_complex():
         combine(torch.view_as_real(rows).flatten(1), weights, torch.view_as_real(out).flatten())
         return out
+    if (kernels := fused(rows)) is not None:
+        kernels.combine(rows, weights, out)
+        return out
+    exact = rows.dtype == torch.float64
+    if exact or (rows.dtype == torch.float32 and not reduces_float32(rows.device)):
+        return torch.mv(rows.T, weights.to(rows.dtype), out=out)
+    dtype = torch.float64 if rows.dtype == torch.float32 else torch.float32
     for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
-        part.copy_(torch.mv(chunk.float().T, weights.float()))
+        part.copy_(torch.mv(chunk.to(dtype).T, weights.to(dtype)))
     return out
 
 
@@ -202,10 +245,11 @@ def times(rows: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
         rows: Tensors of shape ``[m, *shape]``.
         factors: Shape ``[m]``.
     """
-    return [
-        row.to(wide(row)) * factors.to(row.device, wide(row)).view(-1, *[1] * (row.ndim - 1))
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        factors = on_device(factors, row.device)
+        found.append(row.to(wide(row)) * factors.to(wide(row)).view(-1, *[1] * (row.ndim - 1)))
+    return found
 
 
 def combined(weights: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -215,14 +259,11 @@ def combined(weights: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
         weights: Shape ``[m]``.
         rows: Tensors of shape ``[m, *shape]``; their sums have shape ``[*shape]``.
     """
-    return [combine(row.flatten(1), weights.to(row.device)).view(row.shape[1:]) for row in rows]
-
-
-def _is_plain(rows: Tensor) -> bool:
-    if rows.dtype == torch.float64:
-        return True
-    tf32 = rows.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return rows.dtype == torch.float32 and not tf32
+    found = []
+    for row in rows:
+        weights = on_device(weights, row.device)
+        found.append(combine(row.reshape(len(row), -1), weights).view(row.shape[1:]))
+    return found
 
 
 def _widened(row: Tensor) -> Tensor:

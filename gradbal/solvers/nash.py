@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbal._utils import checks
 from gradbal.solvers.equilibrate import equilibrate
+from gradbal.solvers.interior_point import cholesky_solve
 from gradbal.solvers.min_norm import TOUCHES, min_norm
 from gradbal.solvers.solution import Solution
 
@@ -118,7 +119,7 @@ def _newton(
         curved = matrix + (supply / (alpha * points)).diag()
         factor = torch.linalg.cholesky_ex(curved)[0]
         target = torch.addcmul(slope, supply, error).unsqueeze(1)
-        step = torch.cholesky_solve(target, factor).squeeze(1) / points
+        step = cholesky_solve(target, factor).squeeze(1) / points
         moves = torch.stack((-step, step / alpha - error))
         logs = logs + moves.asinh()  # as a small move itself; a large one doubles or halves
         points, supply = (unit * logs.exp()).unbind()

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from gradbal._utils import checks
 from gradbal.solvers.active_set import exchange, exchange_numbers
-from gradbal.solvers.interior_point import interior_point, natural_residual
+from gradbal.solvers.interior_point import best_support, interior_point, natural_residual
 from gradbal.solvers.solution import Solution
 
 _FEW = 3  # up to this size plain numbers are faster than tensors
 _SOME = 16  # for one right-hand side also up to this one, if few of its entries are negative
+_ENUMERATED = 5  # on a device up to this size every support is tried
 _TINY = 1e-300
 
 
@@ -26,7 +27,8 @@ def nonnegative_qp(
     On the host an active-set method exchanges all violated signs of all right-hand sides at once;
     it is exact after a handful of rounds. Right-hand sides on which it cycles (singular
     :math:`H`), and all of them with ``capturable``, go through a predictor-corrector interior
-    point, whose active set then gives the exact point.
+    point, whose active set then gives the exact point. With ``capturable`` and up to five entries
+    every active set is tried instead.
 
     Args:
         hessian: :math:`H`, shape ``[m, m]``, symmetric, PSD, diagonal of order one; may be
@@ -62,7 +64,10 @@ def nonnegative_qp(
             return solution._replace(value=solution.value.reshape(linear.shape))
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=_TINY)
     rows = rows / scale
-    if capturable:
+    if capturable and len(hessian) <= _ENUMERATED:
+        (points, residuals), n_iter = best_support(hessian, rows), 0
+        residual = residuals.amax()
+    elif capturable:
         points, n_iter = interior_point(hessian, rows, None, max_iter)
         residual = natural_residual(hessian, rows, points).amax()
     else:

@@ -121,7 +121,8 @@ def _start(problem: _Problem) -> _Table:
     k, m = rows.shape
     entries = rows.new_zeros(k + 2, m + 1)
     entries[:k, :m], entries[:k, m] = -rows, -bounds
-    entries[k, :m], entries[k, m] = sums, 1
+    entries[k, :m] = sums
+    entries[k, m].fill_(1)  # to assign the number would wait for the device
     entries[k + 1, :m] = -costs[:m]
     labels = torch.arange(m + k + 1, device=rows.device)
     table = _Table(entries, labels[m:].clone(), labels[:m].clone())

@@ -35,7 +35,8 @@ def symmetric_eigen(matrix: Tensor, *, capturable: bool = False) -> tuple[Tensor
         return values, vectors
     vectors = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     rounds = _round_robin(len(matrix), matrix.device)
-    for _ in range(SWEEPS + len(matrix).bit_length()):
+    sweeps = SWEEPS + len(matrix).bit_length() if len(matrix) > 2 else 1  # one rotation is exact
+    for _ in range(sweeps):
         for first, second in rounds:
             rotation = _rotation(matrix, first, second)
             matrix = rotation.T @ matrix @ rotation

@@ -27,7 +27,7 @@ from gradbal.step.options import Options
 from gradbal.step.read import Reader
 from gradbal.step.record import StepRecord
 from gradbal.step.state import Core
-from gradbal.step.weighting import Decision, Sight, decide, hold, reuse
+from gradbal.step.weighting import Decision, Sight, decide, hold, reuse, select
 from gradbal.step.write import add_to_grads, fill, replacing_grads
 
 
@@ -71,8 +71,7 @@ class Flow:
     def balance(self, losses: Losses, call: Call) -> bool:
         """Go from losses to ``.grad``; return whether there is something to step with."""
         core, options = self.core, self.options
-        transaction = core.transaction(random=not options.capturable)
-        with leaving_word(lambda: self.processes), transaction as undo:
+        with leaving_word(lambda: self.processes), core.transaction() as undo:
             with phase("bookkeeping"):
                 batch = self.reader.read(losses, call)
             scale = call.initial_gradient(batch.values.device)
@@ -117,7 +116,8 @@ class Flow:
         unseen = Survey({}, batch.values, None, [])
         if call.accumulate:
             return None, unseen
-        reusable = call.replay or core.age + 1 < options.update_every
+        due = options.capturable or core.age + 1 >= options.update_every
+        reusable = call.replay or not due
         held = reuse(core, sorted({*batch.tasks, *core.pending.losses})) if reusable else None
         if call.replay and held is None:
             raise RuntimeError(
@@ -137,7 +137,14 @@ class Flow:
             self.learning.show(batch.tasks, seen.losses)
             with phase("solve"):
                 held = decide(core, options.policy, batch.tasks, {}, seen)
+            held = self._selected(held, batch.tasks)
         return held, seen
+
+    def _selected(self, decision: Decision, tasks: Sequence[int]) -> Decision:
+        """Choose between new weights and held ones where that is done on the device."""
+        if not self.options.capturable or self.options.update_every == 1:
+            return decision
+        return select(self.core, decision, tasks, self.options.update_every)
 
     def _decide(
         self,
@@ -153,7 +160,7 @@ class Flow:
             return Decision(dict.fromkeys(gradients.members, ones), reused=True)
         self.learning.show(found.tasks, seen.losses)
         sight = Sight(
-            gradients.eps,
+            gradients.noise,
             gradients.rows,
             scale,
             gradients.n_batches,
@@ -164,7 +171,10 @@ class Flow:
             self.core.shards,
             self.processes,
         )
-        return decide(self.core, self.options.policy, found.tasks, gradients.members, seen, sight)
+        decision = decide(
+            self.core, self.options.policy, found.tasks, gradients.members, seen, sight
+        )
+        return self._selected(decision, found.tasks)
 
     def _write(self, found: Gathered, decision: Decision, call: Call) -> bool:
         """Write the direction, the heads' gradients and the auxiliary ones.
@@ -178,12 +188,13 @@ class Flow:
             grads, new = self.descent.direction(
                 found.plan,
                 found.gradients,
-                decision.shared,
-                decision.heads,
+                *decision.placed(found.losses.device),
                 decision.direction,
                 retain_graph=call.retain_graph,
             )
-            unseen = call.scaler is not None and found.gradients.at_cut
+            unseen = (
+                call.scaler is not None and found.gradients.at_cut and not self.options.capturable
+            )
             if unseen and not self.processes.all(all_finite(grads.values(), found.losses.device)):
                 return False
             held = self.descent.roles.held
@@ -208,7 +219,14 @@ class Flow:
         weights = decision.shared[MODEL]
         with phase("backward"), replacing_grads(params, fresh=call.fresh):
             finite = pass_once(
-                params, batch, weights, scale, call, self.processes, only_ours=not planner.hidden
+                params,
+                batch,
+                weights,
+                scale,
+                call,
+                self.processes,
+                only_ours=not planner.hidden,
+                capturable=self.options.capturable,
             )
             if call.fresh:
                 self._check_hidden(batch)
@@ -216,8 +234,8 @@ class Flow:
                 check_placed(params)
                 found = [n for n, param in enumerate(params) if param.grad is not None]
                 check_arrived(found, params)
-        if finite:
-            self._commit(decision, batch.tasks, seen, call)
+        if isinstance(finite, Tensor) or finite:
+            self._commit(decision, batch.tasks, seen, call, finite)
         else:  # the scaler will leave the step out
             undo()
         return True
@@ -246,9 +264,21 @@ class Flow:
         if started or all(param.grad is None for param in self.descent.params):
             self.core.forget_step()
 
-    def _commit(self, decision: Decision, tasks: Sequence[int], seen: Survey, call: Call) -> None:
-        """Keep what the rule has changed, now that the gradients are written."""
+    def _commit(
+        self,
+        decision: Decision,
+        tasks: Sequence[int],
+        seen: Survey,
+        call: Call,
+        finite: Tensor | bool = True,
+    ) -> None:
+        """Keep what the rule has changed, now that the gradients are written.
+
+        With ``capturable`` it is kept where losses, inner products and weights are finite.
+        """
         core = self.core
+        if core.capturable:
+            core.good = decision.all_finite(seen) & finite
         if not call.replay:
             decision.commit(core)
         if call.hold or self.options.update_every > 1:
@@ -288,7 +318,8 @@ class Flow:
             return f"a weight for {whose} that is"
         if decision.direction is None:
             return ""
-        finite = all_finite(decision.direction.values(), torch.device("cpu"))
+        parts = list(decision.direction.values())
+        finite = not parts or all_finite(parts, parts[0].device)
         return "" if self.processes.all(finite) else "a direction that is"
 
     def _refuse_rule(

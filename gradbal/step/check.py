@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from gradbal._utils.dtensor import own_part
-from gradbal._utils.torch_private import output_metadata
 from gradbal.distributed.fsdp import harvest, harvest_rows
 from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import MODEL
-from gradbal.graph.walk import walk_graph
+from gradbal.graph.walk import unit_roundoff, walk_graph
 from gradbal.jacobian.compute import Descent
 from gradbal.solvers.gram import outside_autocast
 from gradbal.step.state import Core
@@ -77,9 +76,7 @@ def check(descent: Descent, core: Core, batch: Batch) -> dict[str, float]:
 
 def _eps(batch: Batch) -> float:
     """Return the rounding error of the least precise gradient in the graph; autocast makes some."""
-    nodes = walk_graph(batch.edges, batch.tasks).order
-    dtypes = {output.dtype for node in nodes for output in output_metadata(node)}
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    return 2 * unit_roundoff(walk_graph(batch.edges, batch.tasks).order)
 
 
 def _engine_rows(descent: Descent, core: Core, batch: Batch) -> dict[int, dict[int, Tensor]]:

@@ -1,15 +1,18 @@
 """The form in which a core is saved."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from gradbal._utils.dtensor import part_of, whole_of
+from gradbal.rules._base import mix
 from gradbal.step.accumulate import Pending
 from gradbal.step.trees import cloned
 
 VERSION = 1
+_LOGGER = logging.getLogger("gradbal")
 KEYS = ("version", "rule", "tasks", "step", "generator", "state", "pending", "choice")
 
 
@@ -25,7 +28,7 @@ def contents(core: Any) -> dict[str, Any]:  # a Core; this module lies below it
             "save after the step that uses them, or call `discard()` first."
         )
     tasks = {"names": core.names, "numbered": core.numbered, "sets": core.sets}
-    step = {"solved": core.solved, "skipped": core.skipped, "age": core.age}
+    step = {"solved": int(core.solved), "skipped": core.skipped, "age": int(core.age)}
     buffers = {
         number: {
             name: whole_of(tensor, core.shards.get(number), len(core.row_axes[name]))
@@ -57,10 +60,9 @@ def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
     tasks, step, generator = loaded["tasks"], loaded["step"], loaded["generator"]
     state, pending = loaded["state"], loaded["pending"]
     core.names, core.numbered, core.sets = tasks["names"], tasks["numbered"], tasks["sets"]
-    core.solved, core.skipped, core.age = step["solved"], step["skipped"], step["age"]
-    core.epoch, core.seed = step["epoch"], generator["seed"]
-    core.generator = torch.Generator(generator["device"])
-    core.generator.set_state(generator["state"].cpu())
+    core.solved, core.age = core.count(step["solved"]), core.count(step["age"])
+    core.skipped, core.epoch, core.seed = step["skipped"], step["epoch"], generator["seed"]
+    core.generator = _generator(generator, step["solved"])
     core.state, core.held, core.slopes = state["groups"], state["held"], state["slopes"]
     core.buffers = {
         number: {
@@ -72,6 +74,21 @@ def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
     core.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
     core.decided, core.awaiting = set(pending["decided"]), set(pending["awaiting"])
     core.choice = loaded["choice"]
+
+
+def _generator(saved: Mapping[str, Any], step: int) -> torch.Generator:
+    """Return the generator as it was saved, or another one if its device is not there."""
+    try:
+        generator = torch.Generator(saved["device"])
+        generator.set_state(saved["state"].cpu())
+    except RuntimeError:
+        _LOGGER.warning(
+            "The checkpoint's random numbers were drawn on %s, which this process does not have; "
+            "the rule goes on with other numbers, from its seed and the number of steps.",
+            saved["device"],
+        )
+        return torch.Generator().manual_seed(mix(saved["seed"], step))
+    return generator
 
 
 def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbal.distributed import Processes
+from gradbal.rules._state import task_index
 from gradbal.step.closures import losses_after
 from gradbal.step.state import Core
 
@@ -50,6 +51,10 @@ class Learning:
             closure: Evaluates the losses again, if there is one that does.
             processes: Each with its part of the batch.
         """
+        with self.core.transaction():
+            self._after_step(closure, processes)
+
+    def _after_step(self, closure: Callable[[], Any] | None, processes: Processes) -> None:
         core = self.core
         core.learn(self.lr)
         if not core.decided:
@@ -74,5 +79,5 @@ class Learning:
         here = [i for i, task in enumerate(tasks) if task in core.awaiting]
         if here:
             core.awaiting = set()
-            core.observe([tasks[i] for i in here], losses[here])
+            core.observe([tasks[i] for i in here], losses[task_index(here, losses.device)])
             core.learn(self.lr)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradbal._utils.dtensor import local, own_part
 from gradbal.distributed import Processes
 from gradbal.graph.losses import Batch
-from gradbal.solvers.gram import added, all_finite
+from gradbal.solvers.gram import added, all_finite, largest_entries
 from gradbal.step.call import Call
 
 
@@ -68,7 +68,8 @@ def pass_once(
     processes: Processes,
     *,
     only_ours: bool,
-) -> bool:
+    capturable: bool,
+) -> bool | Tensor:
     """Differentiate the weighted sum of the losses, and the auxiliary ones, into ``.grad``.
 
     Args:
@@ -80,6 +81,7 @@ def pass_once(
         processes: Among which the gradients are averaged, by DDP where it does so.
         only_ours: Leave the gradients of other parameters alone; what a reentrant checkpoint
             hides is not reached then.
+        capturable: Leave the answer on the device.
 
     Returns:
         Whether the gradients are finite; looked at only under a scaler.
@@ -104,4 +106,6 @@ def pass_once(
     if scale is None:
         return True
     written = [local(param.grad) for param in inputs if param.grad is not None]
+    if capturable:
+        return largest_entries(written, batch.values.device).isfinite().all()
     return processes.all(all_finite(written, batch.values.device))

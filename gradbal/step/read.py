@@ -59,7 +59,8 @@ class Reader:
             call: The arguments of the call; None to leave other processes out of it.
         """
         core = self.core
-        self.descent.planner.seed = mix(core.seed, core.solved)
+        if not core.capturable:  # else no engine draws
+            self.descent.planner.seed = mix(core.seed, core.solved)
         if call is None:
             self._refresh()
             batch = ALONE.meet(core, losses, None, str, None)
@@ -114,7 +115,7 @@ class Reader:
             f"parameter {n}": param for n, param in enumerate(roles.params) if n not in roles.shards
         }
         things["the list of tasks"] = repr(core.names)
-        things["the number of steps"] = repr((core.solved, core.skipped, core.age))
+        things["the number of steps"] = repr((int(core.solved), core.skipped, int(core.age)))
         things["the random generator"] = core.generator.get_state()
         for group, state in core.state.items():
             things |= {f"{name!r} of the rule ({group})": kept for name, kept in state.items()}

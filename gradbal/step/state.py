@@ -1,7 +1,7 @@
 """Everything that a rule remembers: tasks, state, randomness and what is pending."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from gradbal.rules._state import (
     row_axes,
     some_rows,
     task_axes,
+    task_index,
 )
 from gradbal.step import checkpoint
 from gradbal.step.accumulate import Pending
@@ -28,6 +29,9 @@ from gradbal.step.tasks import announced_tasks, known_tasks
 from gradbal.step.trees import undoable
 
 _CONTAINERS = ("state", "buffers", "slopes", "choice")  # written into; all others are replaced
+_COUNTERS = ("solved", "age", "epoch")  # tensors with `capturable`
+
+Path = tuple[str | int, ...]  # where a tensor lies in a core
 
 
 class Core:
@@ -40,13 +44,17 @@ class Core:
     Attributes:
         rule: The rule, with its options.
         learner: How learned tensors are stepped, ``"adam"`` or ``"sgd"``.
+        capturable: Whether a step may be captured in a graph and replayed. Then every tensor that
+            lasts stays where it is and is written in place at the end of a step, and counters are
+            0-dim tensors.
+        good: With ``capturable``, whether the newest step is to be kept, 0-dim bool; None for yes.
         seed: Seed of all randomness.
         names: Names of all tasks ever seen.
         numbered: Whether the names are mere numbers, because the losses came as a list.
         sets: The tasks that ever reached each parameter, as a bit set.
-        solved: Steps in which weights were solved.
+        solved: Steps in which weights were solved; a 0-dim tensor with ``capturable``.
         skipped: Steps left out because something was not finite.
-        age: Steps since the last solve.
+        age: Steps since the last solve, likewise.
         epoch: How often the user marked the end of an epoch, 0-dim.
         generator: The only source of randomness.
         state: The rule's tensors, by group and name.
@@ -62,7 +70,13 @@ class Core:
     """
 
     def __init__(
-        self, rule: Rule, *, tasks: int | Sequence[str] | None, learner: str, seed: int
+        self,
+        rule: Rule,
+        *,
+        tasks: int | Sequence[str] | None,
+        learner: str,
+        seed: int,
+        capturable: bool = False,
     ) -> None:
         self.rule, self.seed = rule, seed
         self.learner = rule.learner or learner
@@ -71,7 +85,11 @@ class Core:
         self.names: list[str] = []
         self.numbered = False
         self.sets: dict[int, int] = {}
-        self.solved = self.skipped = self.age = 0
+        self.capturable = capturable
+        self.good: Tensor | None = None
+        self.fixed: dict[Path, Tensor] = {}
+        self.skipped = 0
+        self.solved, self.age = self.count(0), self.count(0)
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.generator = torch.Generator().manual_seed(seed)
         self.state: dict[str, State] = {}
@@ -87,6 +105,10 @@ class Core:
         if tasks is not None:
             self.numbered = isinstance(tasks, int)
             self._grow(announced_tasks(tasks))
+
+    def count(self, number: int) -> Any:
+        """Return a counter: a number, or with ``capturable`` a 0-dim tensor."""
+        return torch.tensor(number) if self.capturable else number
 
     def number_tasks(self, names: Sequence[str] | None, count: int) -> list[int]:
         """Return the number of each task, and make room for new ones.
@@ -131,12 +153,14 @@ class Core:
         device = losses.device
         if group not in self.state:
             self.state[group] = self._new_state(len(self.names), device)
+            self.fixed.update({("state", group, n): t for n, t in self.state[group].items()})
         self.state[group] = {name: t.to(device) for name, t in self.state[group].items()}
         self.epoch = self.epoch.to(device)
-        if known.get("capturable") and self.generator.device.type != device.type:
-            self.generator = torch.Generator(device).manual_seed(self.seed)
+        if self.capturable:
+            self.solved, self.age = self.solved.to(device), self.age.to(device)
+            self._draw_on(device)
         some = self._seen(tasks)
-        present = torch.tensor(tasks, device=device) if self.rule.sees_absent else None
+        present = task_index(tasks, device) if self.rule.sees_absent else None
         return Context(
             losses=losses,
             present=present,
@@ -144,10 +168,19 @@ class Core:
             source=self.generator,
             step=self.solved,
             seed=self.seed,
+            capturable=self.capturable,
             epoch=self.epoch,
             names=tuple(self.names[task] for task in tasks),
             **known,
         )
+
+    def _draw_on(self, device: torch.device) -> None:
+        """Go on drawing on another device: as before on one of the same type, else anew."""
+        if self.generator.device != device:
+            generator = torch.Generator(device).manual_seed(self.seed)
+            if self.generator.device.type == device.type:
+                generator.set_state(self.generator.get_state())
+            self.generator = generator
 
     def buffers_for(self, grads: Mapping[int, Tensor], tasks: Sequence[int]) -> list[State]:
         """Show the rule what it keeps for these parameters, for the tasks at hand.
@@ -159,7 +192,9 @@ class Core:
         if not self.row_axes or not isinstance(self.rule, GradientRule):
             return []
         for number in grads.keys() - self.buffers.keys():
-            self.buffers[number] = self.rule.buffers(for_tasks(grads[number], len(self.names)))
+            new = self.rule.buffers(for_tasks(grads[number], len(self.names)))
+            self.buffers[number] = new
+            self.fixed.update({("buffers", number, name): t for name, t in new.items()})
         some = self._seen(tasks)
         return [
             {name: some_rows(t, self.row_axes[name], some) for name, t in self.buffers[n].items()}
@@ -187,7 +222,7 @@ class Core:
                 slopes[moving] = torch.ones_like(slope)
                 continue
             none = torch.zeros_like(state[name])
-            index = torch.tensor(tasks, device=slope.device)
+            index = task_index(tasks, slope.device)
             slopes[name] = slopes.get(name, none).index_add(0, index, slope)
             slopes[moving] = slopes.get(moving, none).index_fill(0, index, 1)
 
@@ -225,7 +260,7 @@ class Core:
         for group, slopes in self.slopes.items():
             for name in self.rule.learned:
                 if name in slopes:
-                    moving = slopes[f"{name}.moving"] > 0
+                    moving = (slopes[f"{name}.moving"] > 0) & slopes[name].isfinite()
                     advance(self.state[group], name, slopes[name], moving, lr, self.learner)
         self.slopes = {}
 
@@ -249,18 +284,56 @@ class Core:
         self.buffers = {moved[n]: kept for n, kept in self.buffers.items() if n in moved}
         self.pending = self.pending.renumbered(moved)
 
-    def transaction(self, *, random: bool = True) -> AbstractContextManager[Callable[[], None]]:
+    @contextmanager
+    def transaction(self) -> Iterator[Callable[[], None]]:
         """Undo every change if the body fails.
 
-        Tensors are replaced and never written into, so only references are kept.
+        In the body tensors are replaced and never written into, so only references are kept. With
+        ``capturable`` the new ones are copied into the old at the end, see :meth:`_settle`, and the
+        generator, which would have to be read from the device, goes on.
 
-        Args:
-            random: Put the generator back, too, which reads it from the device.
-
-        Returns:
-            A context that gives a function that undoes every change made so far.
+        Yields:
+            A function that undoes every change made so far.
         """
-        return undoable(self, _CONTAINERS, self.generator if random else None)
+        self.fixed = {path: kept[path[-1]] for path, kept in self._slots()}
+        self.good = None
+        with undoable(self, _CONTAINERS, None if self.capturable else self.generator) as undo:
+            yield undo
+            self._settle()
+
+    def _slots(self) -> list[tuple[Path, Any]]:
+        """Return, with ``capturable``, the path of every tensor that lasts and what holds it."""
+        if not self.capturable:
+            return []
+        found: list[tuple[Path, Any]] = [((name,), self.__dict__) for name in _COUNTERS]
+        for section in ("state", "buffers"):
+            for key, kept in getattr(self, section).items():
+                found += [((section, key, name), kept) for name in kept]
+        held = [name for name, kept in self.held.items() if isinstance(kept, Tensor)]
+        return found + [(("held", name), self.held) for name in held]
+
+    def _settle(self) -> None:
+        """Copy what has changed into the tensors that were there at the beginning.
+
+        A graph reads and writes fixed addresses. Where the step was not :attr:`good`, what a rule
+        keeps stays as it was.
+        """
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in self.fixed.values()}
+        for path, holder in self._slots():
+            kept, tensor = self.fixed.get(path), holder[path[-1]]
+            if kept is None or kept is tensor or not _alike(kept, tensor):
+                continue
+            if self.good is not None and path[0] not in ("age", "epoch"):
+                tensor = torch.where(self.good, tensor, kept)
+            elif tensor.untyped_storage().data_ptr() in addresses:
+                tensor = tensor.clone()  # it is to be read after another copy wrote there
+            old.append(kept)
+            new.append(tensor)
+            holder[path[-1]] = kept
+        if old:
+            torch._foreach_copy_(old, new)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if nothing had happened.
@@ -286,14 +359,20 @@ class Core:
         checkpoint.verify(state_dict, self.rule.kind)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; one that fails leaves everything as it was.
 
         Raises:
             ValueError: If it does not fit, see :meth:`verify`.
         """
         self.verify(state_dict)
-        checkpoint.restore(self, state_dict)
+        with self.transaction():
+            checkpoint.restore(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the parameters."""
-        return {**self.__dict__, "shards": {}}
+        return {**self.__dict__, "shards": {}, "fixed": {}}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Say whether one tensor can be copied into another without becoming another."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)

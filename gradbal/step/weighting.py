@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradbal._utils.devices import on_device
 from gradbal.distributed import ALONE, Processes
 from gradbal.graph.parameters import MODEL
 from gradbal.rules._base import (
@@ -22,7 +23,8 @@ from gradbal.rules._base import (
     Weights,
     no_probe,
 )
-from gradbal.solvers.gram import by_batch, total_gram, total_vector
+from gradbal.rules._state import task_index
+from gradbal.solvers.gram import by_batch, largest_entries, total_gram, total_vector
 from gradbal.step.finite import Survey
 from gradbal.step.record import StepRecord
 from gradbal.step.state import Core
@@ -87,7 +89,7 @@ class Part:
     def __post_init__(self) -> None:
         self.numbers = [self.tasks[i] for i in self.positions]
         self.whole = len(self.positions) == len(self.tasks)
-        self.index = None if self.whole else torch.tensor(self.positions, device=self.device)
+        self.index = None if self.whole else task_index(self.positions, self.device)
 
     def pick(self, vector: Tensor) -> Tensor:
         return vector if self.index is None else vector[self.index]
@@ -114,6 +116,8 @@ class Decision:
         contexts: For each group the numbers of these tasks and the context to commit.
         parameters: For each group those whose gradients an elementwise rule has seen.
         reused: Whether the rule was not asked.
+        due: With ``capturable`` and held weights, whether those of the rule are used, 0-dim; None
+            for yes.
     """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
@@ -123,6 +127,7 @@ class Decision:
     contexts: dict[str, tuple[list[int], Context]] = field(default_factory=dict)
     parameters: dict[str, list[int]] = field(default_factory=dict)
     reused: bool = False
+    due: Tensor | None = None
 
     @property
     def in_one_pass(self) -> bool:
@@ -156,15 +161,36 @@ class Decision:
         numbers = [vector.tolist() for vector in vectors]
         return sorted({i for row in numbers for i, x in enumerate(row) if not math.isfinite(x)})
 
+    def placed(self, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the weights of every group, and those on heads, on a device in one copy."""
+        found = [*self.shared.values()] + ([] if self.heads is None else [self.heads])
+        if not found or all(part.device == device for part in found):
+            return self.shared, self.heads
+        moved = list(on_device(torch.stack(found), device).unbind())
+        shared = dict(zip(self.shared, moved, strict=False))
+        return shared, None if self.heads is None else moved[-1]
+
+    def all_finite(self, seen: Survey) -> Tensor:
+        """Return whether losses, inner products and what the rule returned are finite, 0-dim."""
+        diagonals = [gram.diagonal() for gram in seen.grams.values()]
+        found = [seen.losses, *diagonals, *self.shared.values()]
+        if self.direction is not None:
+            found.append(largest_entries(list(self.direction.values()), seen.losses.device))
+        return torch.cat([part.double() for part in found]).isfinite().all()
+
     def commit(self, core: Core) -> None:
         """Let the core keep what the rule has changed."""
         if self.reused:
-            core.age += 1
+            core.age = core.age + 1
             return
         for group, (tasks, ctx) in self.contexts.items():
             core.commit(group, tasks, ctx, self.parameters.get(group, ()))
-        core.solved += bool(self.contexts)
-        core.age = 0
+        core.solved = core.solved + bool(self.contexts)
+        if self.due is None or core.good is None:
+            core.age = core.age * 0
+        else:
+            core.age = torch.where(self.due, core.age * ~core.good, core.age + 1)
+            core.good = core.good & self.due
 
     def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
         """Return what diagnostics will want to see."""
@@ -190,7 +216,7 @@ class Sight:
     """What a rule may look at beside Gram matrices and losses.
 
     Attributes:
-        eps: Relative rounding error of the Gram matrices.
+        noise: Relative rounding error of the task gradients.
         rows: Gives the task gradients of a group, by parameter, for gradient rules.
         scale: Factor by which these were multiplied.
         n_batches: Number of batches whose task gradients are there.
@@ -202,7 +228,7 @@ class Sight:
         processes: Which hold parts of the rows.
     """
 
-    eps: float = torch.finfo(torch.float64).eps
+    noise: float = 0.0
     rows: Rows | None = None
     scale: Tensor | None = None
     n_batches: int = 1
@@ -244,8 +270,7 @@ def decide(
             part.numbers,
             part.pick(seen.losses),
             values=None if seen.values is None else [seen.values[i] for i in positions],
-            capturable=policy.capturable,
-            eps=sight.eps,
+            noise=sight.noise,
             lr=sight.lr,
             base_lr=sight.base_lr,
             shards=sight.shards,
@@ -271,12 +296,30 @@ def decide(
     return decision
 
 
+def select(core: Core, decision: Decision, tasks: Sequence[int], update_every: int) -> Decision:
+    """Choose on the device between new weights and held ones, for a step that may be replayed.
+
+    A captured graph cannot leave the solve out, so it is done in every step.
+    """
+    decision.due = (core.age + 1 >= update_every) | (core.solved == 0)
+    held = reuse(core, tasks)
+    if held is not None and MODEL in decision.shared:
+        in_one_pass = decision.in_one_pass
+        shared = torch.where(decision.due, decision.shared[MODEL], held.shared[MODEL])
+        decision.shared[MODEL] = shared
+        if in_one_pass:
+            decision.heads = shared
+        elif decision.heads is not None and held.heads is not None:
+            decision.heads = torch.where(decision.due, decision.heads, held.heads)
+    return decision
+
+
 def hold(core: Core, decision: Decision, tasks: Sequence[int]) -> None:
     """Remember the weights of a decision, for steps that reuse them."""
     if decision.reused or MODEL not in decision.shared:
         return
     shared = decision.shared[MODEL]
-    index = torch.tensor(tasks, device=shared.device)
+    index = task_index(tasks, shared.device)
     whole = shared.new_zeros(len(core.names))
     core.held = {
         "tasks": list(tasks),
@@ -292,7 +335,7 @@ def reuse(core: Core, tasks: Sequence[int]) -> Decision | None:
     held = core.held
     if not held or not set(tasks) <= set(held["tasks"]):
         return None
-    index = torch.tensor(tasks, device=held["shared"].device)
+    index = task_index(tasks, held["shared"].device)
     shared = held["shared"][index]
     heads = held["heads"][index] if "heads" in held else None
     return Decision({MODEL: shared}, shared if held["one pass"] else heads, reused=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradbal.jacobian.dense import Keep
 from gradbal.jacobian.layers import Layer, Lookup, Matmul, Use
 from gradbal.jacobian.pull import Rows
-from gradbal.jacobian.unformed import Product, _root, product_gram
+from gradbal.jacobian.unformed import Product, product_gram
 
 FINDER: Any = importlib.import_module("gradbal.jacobian.factored")  # the package's is the function
 
@@ -80,13 +80,6 @@ def test_a_task_that_is_not_finite_spoils_no_other() -> None:
     assert product_gram(products(linear(x, 3), [good, good])).isnan().all()
 
 
-def test_a_factorization_that_fails_is_seen() -> None:
-    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
-    root = _root(torch.stack([indefinite, torch.eye(2).double()]))
-    assert root[0].isnan().all()
-    assert_same([root[1]], [torch.eye(2).double()], 1e-12)
-
-
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 def test_graphs_of_two_batches_meet(dtype: torch.dtype, tol: float) -> None:
     """Rows of one column may come from different graphs, with different inputs."""
@@ -128,7 +121,8 @@ def test_a_column_of_unlike_rows(what: str) -> None:
         ((1024, 1024), 128, 8, True),
         ((1024, 1024), 1024, 8, False),  # many rows
         ((1024, 1024), 128, 1, False),  # nothing to save
-        ((4096, 1024), 512, 8, True),
+        ((4096, 1024), 256, 8, True),
+        ((4096, 1024), 512, 8, False),  # products of so many rows, in float64, cost more
         ((256, 256), 128, 2, False),
         ((32, 32), 4, 8, False),  # too small to be worth a call
     ],

@@ -321,9 +321,9 @@ class NoReadBack(TorchDispatchMode):
 def context(
     rule: Rule, jacobian: Tensor, losses: Tensor, *, capturable: bool, seed: int = 0
 ) -> Context:
-    core = Core(rule, tasks=len(losses), learner="adam", seed=seed)
+    core = Core(rule, tasks=len(losses), learner="adam", seed=seed, capturable=capturable)
     values, tasks = None if capturable else losses.tolist(), range(len(losses))
-    ctx = core.context(MODEL, tasks, losses, values=values, capturable=capturable)
+    ctx = core.context(MODEL, tasks, losses, values=values)
     ctx.buffers = core.buffers_for({0: jacobian}, tasks)
     return ctx
 
@@ -411,15 +411,15 @@ def test_other_paths_work_on_the_device(name: str, options: dict[str, Any]) -> N
     jacobian, losses = normal(2, 5, seed=1), torch.tensor([0.5, 7.0], dtype=torch.float64)
     found = []
     for capturable in (False, True):
-        core = Core(rule, tasks=2, learner="adam", seed=0)
+        core = Core(rule, tasks=2, learner="adam", seed=0, capturable=capturable)
         for _ in range(3):
-            ctx = core.context(MODEL, range(2), losses, capturable=capturable)
+            ctx = core.context(MODEL, range(2), losses)
             found.append(rule.weights(jacobian @ jacobian.T, ctx))
             core.commit(MODEL, [0, 1], ctx)
     torch.testing.assert_close(found[:3], found[3:])
     with FakeTensorMode():
-        core = Core(rule, tasks=2, learner="adam", seed=0)
-        ctx = core.context(MODEL, range(2), torch.empty(2).double(), capturable=True)
+        core = Core(rule, tasks=2, learner="adam", seed=0, capturable=True)
+        ctx = core.context(MODEL, range(2), torch.empty(2).double())
         assert rule.weights(torch.empty(2, 2).double(), ctx).shape == (2,)
 
 
