@@ -22,6 +22,7 @@ ENGINES: dict[str, Engine] = {
     "Factored(chunk_size=None)": Factored(chunk_size=None),
     "Streaming(within=Factored())": Streaming(within=Factored()),
 }
+AT_ONCE = ("Batched()", "Factored(chunk_size=None)")  # that take all tasks down together
 LITTLE = 2e-3  # counted seconds of all passes under which there is too little to gain, on a CPU
 TIMED = 20e-3  # and those from which on engines are timed; below, runs are alike to the last bit
 CLEAR = 1.5  # ratio of counted times from which on nothing is timed
@@ -34,7 +35,7 @@ Choices = Mapping[str, Mapping[str, str]]
 
 @dataclass
 class Trial:
-    """Two engines, and the seconds that their steps took."""
+    """Some engines, and the seconds that their steps took."""
 
     times: dict[str, list[float]]
 
@@ -55,7 +56,7 @@ class Trial:
 
 @dataclass
 class Chooser:
-    """Chooses an engine for every shape of a batch, and times two where counting cannot tell.
+    """Chooses an engine for every shape of a batch, and times some where counting cannot tell.
 
     What is timed are steps of the training: nothing is computed that is not used.
 
@@ -79,6 +80,7 @@ class Chooser:
         *,
         streams: bool,
         products: bool = True,
+        held: int = 0,
     ) -> tuple[Choices, Engine]:
         """Return the engine for a batch.
 
@@ -88,6 +90,7 @@ class Chooser:
             params: All parameters of the optimizer.
             streams: Whether the call can do without the gradients.
             products: Whether it can do with their factors.
+            held: Bytes of the rows of the step before, which the new ones may take.
 
         Returns:
             What is settled now, and the engine.
@@ -98,14 +101,14 @@ class Chooser:
         shape = _shape(plan)
         if shape not in choices and shape not in self.trials:
             can = {"streams": streams and self.streams, "products": products and self.products}
-            settled = self._count(plan, params, shape, **can)
+            settled = self._count(plan, params, shape, held, **can)
             choices = {**choices, **settled}
         if (trial := self.trials.get(shape)) is not None and shape not in choices:
             best = trial.best()
             if best is None:
                 self.running = (shape, trial.next, _clock(params[plan.trunk[0]].device))
                 return choices, ENGINES[trial.next]
-            name, other = sorted(best, key=best.__getitem__)
+            name, other, *_ = sorted(best, key=best.__getitem__)
             why = f"a step took {_ms(best[name])}, and {_ms(best[other])} with {other}"
             choices = {**choices, shape: {"engine": name, "why": why}}
             del self.trials[shape]
@@ -126,11 +129,12 @@ class Chooser:
         plan: Plan,
         params: Sequence[Tensor],
         shape: str,
+        held: int,
         *,
         streams: bool,
         products: bool,
     ) -> dict[str, dict[str, str]]:
-        """Settle on an engine by count, or begin a trial of two."""
+        """Settle on an engine by count, or begin a trial."""
         m, device = len(plan.tasks), params[plan.trunk[0]].device
         rates = CPU if device.type == "cpu" else ACCELERATOR
         segment = Segment(plan.cut, [params[n] for n in plan.trunk], True, numbers=plan.trunk)
@@ -139,24 +143,23 @@ class Chooser:
         row = sum(param.numel() * param.element_size() for param in formed)
         row += sum(4 * use.sizes.brought for layer in layers.values() for use in layer.uses)
         work, free = count(plan.cut), free_bytes(device)
+        free = None if free is None else free + held
         if streams and free is not None and m * row > ROOM * free:
             why = f"{m} task gradients of {row / 2**20:.0f} MiB do not fit into what is free"
             return {shape: {"engine": "Streaming(within=Factored())", "why": why}}
-        one, all_at_once = _pair(bool(layers))
-        times = {
-            one: work.seconds(rates, m, batched=False),
-            all_at_once: work.seconds(rates, m, batched=True),
-        }
+        names = _contestants(device, products=bool(layers))
+        one = names[0]
+        times = {name: work.seconds(rates, m, batched=name in AT_ONCE) for name in names}
         if device.type == "cpu" and times[one] < LITTLE:
             return {shape: {"engine": "Sequential()", "why": "the passes are too short to matter"}}
-        name, other = sorted(times, key=times.__getitem__)
+        name, other, *_ = sorted(times, key=times.__getitem__)
         if free is not None and m * (2 * row + 8 * work.largest) > ROOM * free:
             return {shape: {"engine": one, "why": "several tasks at once might not fit"}}
-        small = device.type == "cpu" and times[name] < TIMED
-        if small or times[other] > CLEAR * times[name] or not self._may_time():
+        clear = times[other] > CLEAR * times[name] or times[name] < TIMED
+        if (device.type == "cpu" and clear) or not self._may_time():
             why = f"counted {_ms(times[name])}, and {_ms(times[other])} with {other}"
             return {shape: {"engine": name, "why": why}}
-        self.trials[shape] = Trial({name: [], other: []})
+        self.trials[shape] = Trial({name: [] for name in names})
         return {}
 
     def _may_time(self) -> bool:
@@ -184,10 +187,17 @@ def explained(choices: Choices, plan: Plan) -> str:
     return f"Engine Auto: {found['engine']}, because {found['why']}."
 
 
-def _pair(products: bool) -> tuple[str, str]:
-    if products:
+def _contestants(device: torch.device, *, products: bool) -> tuple[str, ...]:
+    """Return the engines among which is chosen, first one that takes the tasks one by one.
+
+    On a CPU counting tells whether products cost less. On an accelerator that depends on the card
+    (float64 may be 2 or 64 times as slow as float32), so formed gradients take part.
+    """
+    if not products:
+        return "Sequential()", "Batched()"
+    if device.type == "cpu":
         return "Factored()", "Factored(chunk_size=None)"
-    return "Sequential()", "Batched()"
+    return "Sequential()", "Batched()", "Factored()"
 
 
 def _shape(plan: Plan) -> str:

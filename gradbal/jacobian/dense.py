@@ -68,6 +68,11 @@ class Keep:
         self.exchange = self.processes.rows(self.blocks, n_tasks)
         self.written, self.n_sent = set(self.sparse), 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage."""
+        return sum(block.rows.nbytes for block in self.blocks)
+
     def take(self, numbers: Sequence[int], rows: Rows) -> None:
         """Store the gradients of some tasks for some parameters."""
         at = rows.tasks

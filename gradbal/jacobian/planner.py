@@ -84,6 +84,7 @@ class Planner:
         first: Callable[[int], int] = int,
         *,
         whole: bool,
+        held: int = 0,
     ) -> Choices:
         """Choose the engine for a batch, if it is not always the same.
 
@@ -92,6 +93,7 @@ class Planner:
             plan: The plan.
             first: Gives what the first of several processes would do.
             whole: Whether the batch stands alone, so that its gradients may be dropped.
+            held: Bytes of the rows of the step before.
 
         Returns:
             The engines settled on, this batch included.
@@ -99,7 +101,7 @@ class Planner:
         if self.chooser is not None:
             streams = whole and not self.roles.some
             choices, engine = self.chooser.choose(
-                choices, plan, self.roles.params, streams=streams, products=self.alone
+                choices, plan, self.roles.params, streams=streams, products=self.alone, held=held
             )
             engines = list(ENGINES.values())
             self.use(engines[first(engines.index(engine))])

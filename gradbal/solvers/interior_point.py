@@ -110,7 +110,7 @@ def on_support(hessian: Tensor, rows: Tensor, points: Tensor, free: Tensor) -> T
 
 
 def best_support(hessian: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Minimise :math:`\tfrac12 z^\top H z + q^\top z` over :math:`z \ge 0` by trying every support.
+    r"""Minimise :math:`\tfrac12 z^\top H z + q^\top z`, :math:`z \ge 0`, by trying every support.
 
     For a few entries that takes fewer operations than any iteration, and as many for every input.
 

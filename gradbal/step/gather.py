@@ -113,7 +113,9 @@ def gather(
     in_rows = plan.sharded and (plan.mixed or not looks)
     if not at_cut and not plan.sharded:
         in_parts = call.accumulate or further or bool(core.pending)
-        core.choice = planner.choose(core.choice, plan, processes.first, whole=not in_parts)
+        core.choice = planner.choose(
+            core.choice, plan, processes.first, whole=not in_parts, held=descent.keep.nbytes
+        )
     if in_rows or call.accumulate or core.pending:
         piece = descent.rows(plan, batch, scale, retain_graph=call.retain_graph)
         return _joined(descent, core, plan, batch, call, piece, aux)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal._utils.checks import OWNER
 from gradbal.rules._base import Context, GradientRule, Rule, State
 from gradbal.rules._learned import advance
 from gradbal.rules._state import (
@@ -87,6 +88,7 @@ class Core:
         self.sets: dict[int, int] = {}
         self.capturable = capturable
         self.good: Tensor | None = None
+        self.captured = False  # whether a graph reads and writes these tensors
         self.fixed: dict[Path, Tensor] = {}
         self.skipped = 0
         self.solved, self.age = self.count(0), self.count(0)
@@ -122,6 +124,11 @@ class Core:
         """
         known = known_tasks(self.names, names, count, numbered=self.numbered)
         if known != self.names:
+            if self.captured and self.names:
+                raise RuntimeError(
+                    f"{OWNER}: task {known[len(self.names)]!r} is new, and a captured graph has no "
+                    "room for it; name all tasks with `tasks=`, or capture after each was present."
+                )
             self.numbered = names is None
             self._grow(known)
         return list(range(count)) if names is None else [known.index(name) for name in names]
@@ -260,7 +267,7 @@ class Core:
         for group, slopes in self.slopes.items():
             for name in self.rule.learned:
                 if name in slopes:
-                    moving = (slopes[f"{name}.moving"] > 0) & slopes[name].isfinite()
+                    moving = slopes[f"{name}.moving"] > 0
                     advance(self.state[group], name, slopes[name], moving, lr, self.learner)
         self.slopes = {}
 
@@ -296,6 +303,7 @@ class Core:
             A function that undoes every change made so far.
         """
         self.fixed = {path: kept[path[-1]] for path, kept in self._slots()}
+        self.captured |= self.capturable and _capturing()
         self.good = None
         with undoable(self, _CONTAINERS, None if self.capturable else self.generator) as undo:
             yield undo
@@ -318,6 +326,9 @@ class Core:
         A graph reads and writes fixed addresses. Where the step was not :attr:`good`, what a rule
         keeps stays as it was.
         """
+        for slopes in self.slopes.values() if self.good is not None else ():
+            for name in filter(slopes.__contains__, self.rule.learned):
+                slopes[f"{name}.moving"] = slopes[f"{name}.moving"] * self.good
         old: list[Tensor] = []
         new: list[Tensor] = []
         addresses = {tensor.untyped_storage().data_ptr() for tensor in self.fixed.values()}
@@ -370,7 +381,12 @@ class Core:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the parameters."""
-        return {**self.__dict__, "shards": {}, "fixed": {}}
+        return {**self.__dict__, "shards": {}, "fixed": {}, "captured": False}
+
+
+def _capturing() -> bool:
+    """Say whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
