@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradbal._utils.devices import on_device
+from gradbal._utils.log import log
 from gradbal._utils.torch_private import reduces_float32
 
 P = ParamSpec("P")
@@ -20,6 +21,7 @@ CHUNK = 2**20  # columns that are converted at a time
 PIECE = 2**17  # entries that a CPU converts at a time: they stay in its cache
 ROUNDING = 2.0**-49  # relative error of inner products, from sums in float64
 ROW_NOISE = 6  # relative error of a task gradient, in units of roundoff of the narrowest dtype
+_KERNELS: dict[torch.device, ModuleType | None] = {}  # by card
 TINY, HUGE = 1e-280, 1e300  # squared norms between which no square vanishes or overflows
 
 
@@ -95,20 +97,31 @@ def _square(rows: Tensor) -> Tensor:
 def fused(rows: Tensor) -> ModuleType | None:
     """Return the kernels for rows on a CUDA card, or None where plain operations are to be used.
 
-    That is on other devices, without Triton, for subclasses of tensors, and while torch.compile
-    traces.
+    That is on other devices, without Triton, for subclasses of tensors, while torch.compile traces,
+    and where the kernels do not agree with plain operations on this card.
     """
     if rows.device.type != "cuda" or type(rows) is not Tensor or rows.stride(-1) != 1:
         return None
-    return None if torch.compiler.is_compiling() else _kernels()
+    if torch.compiler.is_compiling():
+        return None
+    if rows.device not in _KERNELS:
+        if torch.cuda.is_current_stream_capturing():  # to compare them would wait for the card
+            return None
+        _KERNELS[rows.device] = _kernels_that_agree(rows.device)
+    return _KERNELS[rows.device]
 
 
-@cache
-def _kernels() -> ModuleType | None:
+def _kernels_that_agree(device: torch.device) -> ModuleType | None:
     try:
-        return import_module("gradbal.solvers.kernels")
+        kernels = import_module("gradbal.solvers.kernels")
     except ImportError:
         return None
+    try:
+        agree = kernels.agree(device)
+    except Exception as error:  # whatever a compiler may raise
+        log.warning("Triton's kernels fail on %s, plain operations are used: %s", device, error)
+        return None
+    return kernels if agree else None
 
 
 def largest_entries(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -386,7 +386,8 @@ class Core:
 
 def _capturing() -> bool:
     """Say whether a CUDA graph is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return there and torch.cuda.is_current_stream_capturing()
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
