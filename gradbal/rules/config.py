@@ -10,9 +10,10 @@ from gradbal._utils import checks
 from gradbal.rules._base import Claim, Context, GramRule
 from gradbal.rules._registry import register
 from gradbal.solvers import equilibrate, min_norm, symmetric_eigen
+from gradbal.solvers.gram import ROUNDING
 
 FLAT = 1e-7  # of what cancels: a Gram matrix cannot tell shorter lengths from zero
-ROUNDING = 16  # rounding errors within which a direction harms no task
+HARMLESS = 16  # rounding errors within which a direction harms no task
 
 Length = Literal["projection", "min", "max", "arithmetic", "geometric", "harmonic"]
 
@@ -74,11 +75,11 @@ class ConFIG(GramRule):
         if len(cosines) == 2 and self.preferences is None:
             return present
         target = present if self.preferences is None else present * ctx.state["preferences"]
-        rounding = len(cosines) * ctx.eps
         values, vectors = symmetric_eigen(cosines, capturable=ctx.capturable)
-        kept = values > rounding * values.amax()
+        kept = values > len(cosines) * ctx.eps * values.amax()
         shares = vectors @ torch.where(kept, target @ vectors / values, 0.0)
-        harm = (cosines @ shares).amin() < -ROUNDING * rounding * shares.abs().sum()
+        rounding = HARMLESS * len(cosines) * ROUNDING * shares.abs().sum()
+        harm = (cosines @ shares).amin() < -rounding
         if ctx.capturable or harm:
             # far away and orthogonal, absent tasks do not change the others' min-norm point
             apart = cosines + (len(cosines) * absent).diag()

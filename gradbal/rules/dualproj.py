@@ -9,6 +9,7 @@ from gradbal._utils import checks
 from gradbal.rules._base import Claim, Context, GramRule, Scale
 from gradbal.rules._registry import register
 from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
+from gradbal.solvers.gram import ROUNDING
 
 
 @register(
@@ -55,7 +56,9 @@ class DualProj(GramRule):
                 pairs = zip(preferences.tolist(), slopes, gram.diagonal().tolist(), strict=True)
                 return gram.new_tensor([u + max(-s, 0.0) / (g or 1) for u, s, g in pairs])
         cosines, norms = equilibrate(gram)
-        linear = cosines @ (preferences * norms)
+        parts = preferences * norms
+        linear = cosines @ parts
+        linear = linear.where(linear.abs() > m * ROUNDING * parts.sum(), 0)  # not rounding alone
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, linear)
         else:

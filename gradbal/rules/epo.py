@@ -68,7 +68,6 @@ class EPO(GramRule):
         ratios = present.sum() * shares
         uneven = torch.special.xlogy(shares, ratios).sum()
         lean = ratios.log() - uneven
-        rounding = len(gram) * ctx.eps
         lean = lean.where(present & (lean.abs() > len(gram) * ctx.noise), 0)  # rounding has no sign
         pull = gram @ (ray * lean)
 
@@ -83,7 +82,7 @@ class EPO(GramRule):
             torch.cat((gram, pull.unsqueeze(0))),
             torch.cat((bounds, kept.unsqueeze(0))),
             capturable=ctx.capturable,
-            tol=max(1e-9, rounding),
+            tol=1e-9,
         )
         ctx.stats["residual"] = solution.residual
         weights = solution.value

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from gradbal.solvers.equilibrate import equilibrate
+from gradbal.solvers.gram import ROUNDING
 from gradbal.solvers.min_norm import min_norm
 from gradbal.solvers.spectral import symmetric_eigen
 
+HARMLESS = 16  # rounding errors of the Gram matrix within which a direction harms no task
 SPREAD = 1e-3  # of the norms, for a pseudo-inverse
 
 
@@ -61,7 +63,7 @@ def equal_projection(gram: Tensor, *, eps: float, capturable: bool = False) -> T
     rounding = len(gram) * eps
     slopes = cosines @ (weights * lengths)
     downhill = (total > rounding * weights.abs().sum()) & (
-        slopes >= -rounding * (weights.abs() * lengths).sum()
+        slopes >= -HARMLESS * len(gram) * ROUNDING * (weights.abs() * lengths).sum()
     ).all()
     downhill = downhill & defined
     if capturable or not downhill:

@@ -30,6 +30,8 @@ from gradbal.step.state import Core
 from gradbal.step.weighting import Decision, Sight, decide, hold, reuse, select
 from gradbal.step.write import add_to_grads, fill, replacing_grads
 
+UNSOLVED = 1e-6  # residual of a solver above which the log says so
+
 
 class Flow:
     """Go from losses to gradients.
@@ -174,6 +176,16 @@ class Flow:
         decision = decide(
             self.core, self.options.policy, found.tasks, gradients.members, seen, sight
         )
+        for _, ctx in decision.contexts.values():
+            residual = 0.0 if self.core.capturable else float(ctx.stats.get("residual", 0.0))
+            if not residual <= UNSOLVED:
+                self.planner.log.tell_once(
+                    "unsolved",
+                    f"{type(self.core.rule).__name__}: the solver left a residual of "
+                    f"{residual:.0e} in step {self.core.solved}: no weights satisfy all its "
+                    "conditions, or it stopped early. The rule keeps its promises; "
+                    "`last.stats` holds the residual of every step.",
+                )
         return self._selected(decision, found.tasks)
 
     def _write(self, found: Gathered, decision: Decision, call: Call) -> bool:

@@ -326,9 +326,10 @@ class Core:
         A graph reads and writes fixed addresses. Where the step was not :attr:`good`, what a rule
         keeps stays as it was.
         """
-        for slopes in self.slopes.values() if self.good is not None else ():
-            for name in filter(slopes.__contains__, self.rule.learned):
-                slopes[f"{name}.moving"] = slopes[f"{name}.moving"] * self.good
+        if self.good is not None:
+            for slopes in self.slopes.values():
+                for name in filter(slopes.__contains__, self.rule.learned):
+                    slopes[f"{name}.moving"] = slopes[f"{name}.moving"] * self.good
         old: list[Tensor] = []
         new: list[Tensor] = []
         addresses = {tensor.untyped_storage().data_ptr() for tensor in self.fixed.values()}
