@@ -12,13 +12,16 @@ from torch.nn import Parameter
 
 from gradbal._utils.dtensor import is_sharded
 from gradbal._utils.torch_private import LEAF
+from gradbal.graph.routing import Routing, route
 from gradbal.graph.walk import (
     Boundary,
     Walk,
     behind_sinks,
     edges_into,
     meeting_nodes,
+    members,
     nodes_below,
+    several,
     walk_graph,
 )
 
@@ -57,6 +60,8 @@ class Plan:
         peers: How many processes work together on one part of the batch.
         nodes: Every node of the graph.
         roundoff: Unit of roundoff of the narrowest dtype in the graph; autocast makes one.
+        unresolved: Kinds of operations whose results single tasks read in parts, and through which
+            it cannot be seen what they read.
     """
 
     roots: list[GradientEdge]
@@ -78,6 +83,7 @@ class Plan:
     peers: int = 1
     nodes: Sequence[Node] = ()
     roundoff: float = torch.finfo(torch.float64).eps / 2
+    unresolved: set[str] = field(default_factory=set)
 
 
 def make_plan(
@@ -109,11 +115,20 @@ def make_plan(
         found = [behind_sinks((root.node, root.output_nr)) for root in roots]
         roots = [GradientEdge(node, number) for node, number in found if node is not None]
         walk = walk_graph(roots, tasks, behind=True)
+    routing = route(walk, dict(zip(tasks, roots, strict=True))) or Routing()
+    packed = routing.region
+    tops = list(roots)
+    if packed:  # each task goes on where it leaves what is packed
+        numbers = list(tasks)
+        for task, edges in routing.lower.items():
+            tops += edges
+            numbers += [task] * len(edges)
+        walk = walk_graph(tops, numbers, behind=bool(sinks), closed=packed)
     marked = marked_edges(walk, tag)
-    common = {node for node, above in walk.tasks.items() if above & (above - 1)}  # of several tasks
+    common = {n for n, above in walk.tasks.items() if several(above) and n not in packed}
     region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
-    entries = meeting_nodes(walk, region, {root.node for root in roots})
-    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, roots, region)
+    entries = meeting_nodes(walk, region, {top.node for top in tops} - packed)
+    cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, tops, region)
     compiled = [e.node for e in cut if type(e.node).__name__ == "CompiledFunctionBackward"]
     plan = Plan(
         roots=list(roots),
@@ -122,12 +137,13 @@ def make_plan(
         above=[[] for _ in roots],
         cut=cut,
         marked=marked,
-        one_node=any(several(walk.tasks[root.node]) for root in roots)
+        one_node=any(several(walk.tasks[r.node]) for r in roots if r.node not in packed)
         or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
         hidden="CheckpointFunctionBackward" in walk.kinds,
-        apart=common <= region and not sinks,
+        apart=common <= region and not sinks and not packed,
         static=any(sink.ddp_weakref().static_graph for sink in sinks),
         nodes=walk.order,
+        unresolved=routing.unresolved,
     )
 
     def shares(number: int, reached: int) -> bool:
@@ -176,16 +192,6 @@ def _place_leaves(
             plan.apart &= node not in below
             for task in members(reached):
                 place[position[task]].append(number)
-
-
-def several(tasks: int) -> bool:
-    """Say whether a bit set has more than one member."""
-    return tasks & (tasks - 1) != 0
-
-
-def members(tasks: int) -> list[int]:
-    """Return the members of a bit set, ascending."""
-    return [task for task in range(tasks.bit_length()) if tasks >> task & 1]
 
 
 def mark(output: object, tag: Hashable, module: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradbal._utils.checks import OWNER
 from gradbal._utils.dtensor import is_sharded, local
-from gradbal.graph.heads_and_trunk import members, several
+from gradbal.graph.walk import members, several
 
 Parameters = nn.Module | Tensor | Iterable[Any]
 Groups = Literal["model", "tensor"] | Mapping[str, Parameters]

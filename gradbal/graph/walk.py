@@ -1,7 +1,7 @@
 """The recorded graph: its nodes in order, the tasks above each, and where regions are entered."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -47,7 +47,11 @@ class Walk:
 
 
 def walk_graph(
-    roots: Sequence[GradientEdge], numbers: Sequence[int], *, behind: bool = False
+    roots: Sequence[GradientEdge],
+    numbers: Sequence[int],
+    *,
+    behind: bool = False,
+    closed: Collection[Node] = (),
 ) -> Walk:
     """Visit every node under the roots and note the tasks above it.
 
@@ -55,6 +59,7 @@ def walk_graph(
         roots: Where the losses stand.
         numbers: Of their tasks.
         behind: Look through nodes that only hand on what comes, for several tasks at once.
+        closed: Nodes through which nobody goes on.
     """
     tasks = dict.fromkeys((root.node for root in roots), 0)
     for number, root in zip(numbers, roots, strict=True):
@@ -65,7 +70,7 @@ def walk_graph(
     sinks: list[Any] = []
     while stack:
         node = stack.pop()
-        below: Sequence[Edge] = node.next_functions
+        below: Sequence[Edge] = () if node in closed else node.next_functions
         if behind:
             below = list(map(behind_sinks, below))
         if type(node) is DDP_SINK:
@@ -98,6 +103,16 @@ def unit_roundoff(nodes: Iterable[Node]) -> float:
     dtypes = {output.dtype for node in nodes for output in output_metadata(node)}
     found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
     return max(found, default=torch.finfo(torch.float64).eps) / 2
+
+
+def several(tasks: int) -> bool:
+    """Say whether a bit set has more than one member."""
+    return tasks & (tasks - 1) != 0
+
+
+def members(tasks: int) -> list[int]:
+    """Return the members of a bit set, ascending."""
+    return [task for task in range(tasks.bit_length()) if tasks >> task & 1]
 
 
 def behind_sinks(edge: Edge) -> Edge:

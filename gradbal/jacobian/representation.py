@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradbal.distributed import Processes, shared_out
-from gradbal.graph.heads_and_trunk import Place, Plan, mark, several
-from gradbal.graph.walk import Boundary, made_of_parameters
+from gradbal.graph.heads_and_trunk import Place, Plan, mark
+from gradbal.graph.walk import Boundary, made_of_parameters, several
 from gradbal.jacobian.pull import Rows
 from gradbal.jacobian.sparse import summed, weighted
 from gradbal.jacobian.streamed import GramOnly

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from gradbal.graph.heads_and_trunk import members
 from gradbal.graph.losses import Batch
+from gradbal.graph.walk import members
 from gradbal.jacobian.autotune import explained
 from gradbal.jacobian.compute import Descent
 from gradbal.jacobian.engines import Representation
