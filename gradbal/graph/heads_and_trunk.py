@@ -25,6 +25,7 @@ from gradbal.graph.walk import (
     walk_graph,
 )
 
+COMPILED = "CompiledFunctionBackward"
 Place = tuple[int, int]  # which module, which of its outputs
 
 
@@ -51,7 +52,8 @@ class Plan:
         reached: The tasks that reach each parameter in this graph, as a bit set.
         sparse: Parameters whose gradients come out sparse.
         foreign: How many reached parameters belong to no group of the optimizer.
-        one_node: Whether one node, possibly compiled, stands for what several tasks do.
+        opaque: Whether one compiled graph stands for what several tasks do.
+        within: Pairs of tasks of which the first one's loss is a part of the second one's.
         hidden: Whether a reentrant checkpoint hides a part of the graph.
         apart: Whether no pass from a loss to the cut meets a node of another's.
         static: Whether DDP counts on one and the same backward pass in each step.
@@ -74,7 +76,8 @@ class Plan:
     reached: dict[int, int] = field(default_factory=dict)
     sparse: set[int] = field(default_factory=set)
     foreign: int = 0
-    one_node: bool = False
+    opaque: bool = False
+    within: list[tuple[int, int]] = field(default_factory=list)
     hidden: bool = False
     apart: bool = True
     static: bool = False
@@ -129,7 +132,7 @@ def make_plan(
     region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {top.node for top in tops} - packed)
     cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, tops, region)
-    compiled = [e.node for e in cut if type(e.node).__name__ == "CompiledFunctionBackward"]
+    compiled = [edge.node for edge in cut if type(edge.node).__name__ == COMPILED]
     plan = Plan(
         roots=list(roots),
         tasks=list(tasks),
@@ -137,8 +140,9 @@ def make_plan(
         above=[[] for _ in roots],
         cut=cut,
         marked=marked,
-        one_node=any(several(walk.tasks[r.node]) for r in roots if r.node not in packed)
-        or len({*compiled}) < len(compiled),  # several outputs; one is a compiled trunk's
+        opaque=len({*compiled}) < len(compiled)  # several outputs; one is a compiled trunk's
+        or any(type(root.node).__name__ == COMPILED for root in roots if root.node in common),
+        within=_within(roots, tasks, walk, packed),
         hidden="CheckpointFunctionBackward" in walk.kinds,
         apart=common <= region and not sinks and not packed,
         static=any(sink.ddp_weakref().static_graph for sink in sinks),
@@ -151,6 +155,21 @@ def make_plan(
 
     _place_leaves(plan, walk, index, shares, region - entries)
     return plan
+
+
+def _within(
+    roots: Sequence[GradientEdge], tasks: Sequence[int], walk: Walk, packed: Collection[Node]
+) -> list[tuple[int, int]]:
+    """Return pairs of tasks of which the first one's loss is a part of the second one's."""
+    found = []
+    for i, root in enumerate(roots):
+        if root.node in packed or type(root.node).__name__ == COMPILED:
+            continue
+        for other in members(walk.tasks[root.node] & ~(1 << tasks[i])):
+            at = roots[tasks.index(other)]
+            if at.node is not root.node or (at.output_nr == root.output_nr and other > tasks[i]):
+                found.append((tasks[i], other))
+    return found
 
 
 def _place_leaves(

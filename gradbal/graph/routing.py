@@ -34,7 +34,8 @@ MOVING = {
     *("SqueezeBackward2", "SqueezeBackward3", "UnsqueezeBackward0", "AliasBackward0"),
     *("FlipBackward0", "RollBackward0", "CopySlices", "IndexPutBackward0", "ScatterBackward0"),
     *("SelectScatterBackward0", "SliceScatterBackward0", "ConstantPadNdBackward0"),
-    *("MovedimBackward0", "UnfoldBackward0"),
+    *("MovedimBackward0", "UnfoldBackward0", "SumBackward0", "SumBackward1"),
+    *("MeanBackward0", "MeanBackward1"),
 }
 # Nodes that work entry by entry: a mask stays as it is.
 ELEMENTWISE = {
@@ -51,6 +52,7 @@ ELEMENTWISE = {
     *("NanToNumBackward0",),
 }
 
+SENT = MOVING | ELEMENTWISE
 Read = Tensor | bool  # a mask on the CPU, or True for all entries and False for none
 
 
@@ -83,14 +85,15 @@ def route(walk: Walk, roots: Mapping[int, GradientEdge]) -> Routing | None:
     packed = [task for task, root in roots.items() if several(walk.tasks[root.node])]
     if not kinds and not packed:
         return None
-    if not packed and not any(_starts(node, walk, kinds) for node in walk.order):
+    leading = _leading(walk)
+    if not packed and not any(isinstance(node, kinds) for node in leading):
         return None
     reads: dict[Node, dict[int, list[Read]]] = {}
     routing = Routing(lower={task: [] for task in roots})
 
     def deliver(edge: GradientEdge, task: int, read: Read) -> None:
         node, number = edge.node, edge.output_nr
-        if read is not False and several(walk.tasks[node]):
+        if read is not False and (several(walk.tasks[node]) or node in leading):
             nothing: list[Read] = [False] * len(output_metadata(node))
             there = reads.setdefault(node, {}).setdefault(task, nothing)
             there[number] = _either(there[number], read)
@@ -108,14 +111,14 @@ def route(walk: Walk, roots: Mapping[int, GradientEdge]) -> Routing | None:
                         if read is not False:
                             routing.lower[task].append(edge)
                 continue
-            if not any(map(made_of_parameters, _edges(node, walk))):
-                routing.unresolved.add(type(node).__name__)
+            routing.unresolved.add(type(node).__name__)
         tasks = [*here] if several(walk.tasks[node]) else members(walk.tasks[node])
-        if len(tasks) == 1 and type(node).__name__ in PARTIAL and _is_routable(node, walk):
-            everything = [*here.get(tasks[0], [True] * len(output_metadata(node)))]
-            for edge, read in _below(node, walk, everything):
-                deliver(edge, tasks[0], read)
-            continue
+        if len(tasks) == 1 and (node in leading or (here and _is_routable(node, walk))):
+            outputs = here.get(tasks[0], [True] * len(output_metadata(node)))
+            if type(node).__name__ in PARTIAL or any(read is not True for read in outputs):
+                for edge, read in _below(node, walk, outputs):
+                    deliver(edge, tasks[0], read)
+                continue
         for edge in _edges(node, walk):
             for task in tasks:
                 deliver(edge, task, True)
@@ -124,11 +127,17 @@ def route(walk: Walk, roots: Mapping[int, GradientEdge]) -> Routing | None:
     return routing if routing.region or routing.unresolved else None
 
 
-def _starts(node: Node, walk: Walk, kinds: tuple[type, ...]) -> bool:
-    """Say whether a node of one task reads a part of what several tasks share."""
-    if not isinstance(node, kinds) or several(walk.tasks[node]):
-        return False
-    return any(child is not None and several(walk.tasks[child]) for child, _ in walk.edges[node])
+def _leading(walk: Walk) -> set[Node]:
+    """Return the nodes of single tasks from which masks can be sent to nodes of several."""
+    found: set[Node] = set()
+    for node in reversed(walk.order):
+        if type(node).__name__ not in SENT or several(walk.tasks[node]):
+            continue
+        children = [child for child, _ in walk.edges[node] if child is not None]
+        leads = any(child in found or several(walk.tasks[child]) for child in children)
+        if leads and _is_routable(node, walk):
+            found.add(node)
+    return found
 
 
 def _edges(node: Node, walk: Walk) -> list[GradientEdge]:
@@ -137,7 +146,7 @@ def _edges(node: Node, walk: Walk) -> list[GradientEdge]:
 
 def _is_routable(node: Node, walk: Walk) -> bool:
     """Say whether masks can be sent through a node: it has no parameters, and is understood."""
-    if type(node).__name__ not in MOVING | ELEMENTWISE:
+    if type(node).__name__ not in SENT:
         return False
     return not any(made_of_parameters(edge) for edge in _edges(node, walk))
 

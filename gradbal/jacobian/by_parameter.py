@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gradbal.jacobian.pull import Rows
 from gradbal.jacobian.unformed import Product
+from gradbal.solvers.gram import largest_entries
 
 ByParameter = dict[int, dict[int, Tensor]]  # parameter -> task -> gradient
 
@@ -34,3 +35,18 @@ class RowsByParameter:
                         row = grad[i] if chunk is at else grad
                         row = row.to_dense() if isinstance(row, Product) else row
                         self.rows.setdefault(number, {})[task] = row
+
+
+def without_zero_rows(rows: ByParameter) -> ByParameter:
+    """Leave out gradients that are exactly zero, but where all of a parameter's are.
+
+    Of a compiled graph it cannot be seen otherwise which task uses which parameter.
+    """
+    places = [(number, task) for number, column in rows.items() for task in column]
+    if not places:
+        return rows
+    device = rows[places[0][0]][places[0][1]].device
+    sizes = largest_entries([rows[number][task] for number, task in places], device).tolist()
+    used = {place for place, size in zip(places, sizes, strict=True) if size != 0}  # NaN is used
+    found = {n: {t: row for t, row in col.items() if (n, t) in used} for n, col in rows.items()}
+    return {number: found[number] or column for number, column in rows.items()}

@@ -1,7 +1,7 @@
 """What is planned before going down: where the tasks meet, and with which engine to go."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch.autograd.graph import get_gradient_edge
@@ -37,6 +37,7 @@ class Planner:
         alone: Whether task gradients are whole in this process, so that products of their factors
             are inner products.
         seed: Of what is drawn in this step.
+        names: Names of the tasks, for the log.
         reached: The tasks that reach each parameter in the newest graph walked, as a bit set.
         hidden: Whether a reentrant checkpoint or ``fully_shard`` hid a part of the newest one.
     """
@@ -55,6 +56,7 @@ class Planner:
         self.crossings: dict[Engine, Crossing] = {}
         self.use(engine)
         self.log, self.seed = Log(), 0
+        self.names: Sequence[str] = ()
         self.hidden = False
         self.reached: Mapping[int, int] = {}
         self.roundoffs: dict[tuple[int, int], float] = {}  # by number of tasks and nodes
@@ -165,11 +167,27 @@ class Planner:
                 f"{plan.foreign} parameters under the losses belong to no group of the base "
                 "optimizer; their gradients are left alone.",
             )
-        if plan.one_node:
+        if plan.opaque:
             self.log.tell_once(
-                "one node",
-                "One operation makes several losses (a compiled model or a head with several "
-                "outputs), so every parameter under it counts as shared.",
+                "opaque",
+                "One compiled graph makes what several losses need, so the recorded graph does not "
+                "show which task uses which parameter. A parameter counts as one task's own as "
+                "long as no other task has had a gradient of it that is not exactly zero; to be "
+                "faster, compile trunk and heads apart.",
+            )
+        for task, other in plan.within[:1]:
+            self.log.tell_once(
+                "within",
+                f"The loss of task {self.names[task]!r} is a part of that of "
+                f"{self.names[other]!r}, or the same tensor, so its gradient counts twice; leave "
+                "a sum of the losses out.",
+            )
+        for kind in sorted(plan.unresolved)[:1]:
+            self.log.tell_once(
+                "unresolved",
+                f"The tasks read parts of what one operation makes ({kind}), so its parameters "
+                "and all under it count as shared; if that is not meant, give each task a layer "
+                "of its own, or name the shared parameters with `shared=`.",
             )
 
     def is_new(self, batch: Batch) -> bool:

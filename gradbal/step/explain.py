@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from gradbal.graph.losses import Batch
-from gradbal.graph.walk import members
+from gradbal.graph.walk import members, several
 from gradbal.jacobian.autotune import explained
 from gradbal.jacobian.compute import Descent
 from gradbal.jacobian.engines import Representation
@@ -38,6 +38,11 @@ def explain(descent: Descent, core: Core, batch: Batch | None) -> str:
         ]
         return "\n".join(lines)
     shared = sorted({*plan.trunk, *(n for above in plan.above for n in above)})
+    if plan.opaque and core.sets:  # which task uses what was seen in the steps so far
+        lines.append("A compiled graph hides which task uses what; as far as steps have shown:")
+        sets = core.sets
+        shared = [n for n in shared if several(sets.get(n, plan.reached[n]))]
+        plan.own = [[n for n, bits in sets.items() if bits == 1 << task] for task in batch.tasks]
     beside = sorted(set(shared) - set(plan.trunk))
     lines.append(
         f"{m} tasks share {_count(descent, shared)}; {_count(descent, beside)} of them are met "

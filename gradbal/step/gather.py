@@ -10,7 +10,7 @@ from gradbal.distributed import Processes
 from gradbal.distributed.fsdp import harvest
 from gradbal.graph.heads_and_trunk import Plan
 from gradbal.graph.losses import Batch
-from gradbal.jacobian.by_parameter import ByParameter
+from gradbal.jacobian.by_parameter import ByParameter, without_zero_rows
 from gradbal.jacobian.compute import Descent
 from gradbal.jacobian.engines import Representation
 from gradbal.jacobian.task_gradients import TaskGradients
@@ -116,8 +116,11 @@ def gather(
         core.choice = planner.choose(
             core.choice, plan, processes.first, whole=not in_parts, held=descent.keep.nbytes
         )
-    if in_rows or call.accumulate or core.pending:
+    opaque = plan.opaque and planner.reads and not looks and not further
+    if in_rows or opaque or call.accumulate or core.pending:
         piece = descent.rows(plan, batch, scale, retain_graph=call.retain_graph)
+        if opaque:
+            piece = without_zero_rows(piece)
         return _joined(descent, core, plan, batch, call, piece, aux)
     known = core.sets
     for one in plans:

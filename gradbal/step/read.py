@@ -68,6 +68,7 @@ class Reader:
             point, aux = partial(self._point, call), call.aux_batch
             batch = self.connect().meet(core, losses, call.counts, point, aux)
             core.n_processes = self.processes.size
+        self.descent.planner.names = core.names
         if not batch.tasks:
             raise ValueError(
                 "Losses: no loss has a graph, so there is nothing to differentiate; compute at "

@@ -77,15 +77,18 @@ def test_missing_graph_inside_a_stack_is_an_absent_task() -> None:
     assert optimizer.last.tasks == ("0", "1")
 
 
-def test_one_node_with_all_losses_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_layer_whose_outputs_several_tasks_read_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = fill(nn.Linear(4, 3))
     optimizer = wrapped(model)
     with caplog.at_level(logging.INFO, logger="gradbal"):
         for _ in range(2):
             optimizer.step((model(data(5, 4)) - 1).square().mean(dim=0))
     assert [record.getMessage() for record in caplog.records] == [
-        "One operation makes several losses (a compiled model or a head with several outputs), "
-        "so every parameter under it counts as shared."
+        "The tasks read parts of what one operation makes (AddmmBackward0), so its parameters and "
+        "all under it count as shared; if that is not meant, give each task a layer of its own, or "
+        "name the shared parameters with `shared=`."
     ]
 
 
