@@ -25,7 +25,7 @@ from gradbal.step.call import AuxLosses, Call
 from gradbal.step.check import check
 from gradbal.step.closures import Evaluations
 from gradbal.step.explain import explain
-from gradbal.step.one_pass import explaining_donation
+from gradbal.step.one_pass import explaining_passes
 from gradbal.step.options import Options
 from gradbal.step.record import StepRecord
 from gradbal.step.state import Core
@@ -244,7 +244,7 @@ class MTLOptimizer(WrappedOptimizer):
             RuntimeError: If one deviates by more than rounding explains, or processes differ.
         """
         self._flow.reader.prove_alike()
-        with self.core.transaction() as undo, explaining_donation():
+        with self.core.transaction() as undo, explaining_passes():
             try:
                 with self._flow.descent.apart() as descent:
                     return check(descent, self.core, self._flow.reader.read(losses))

@@ -37,6 +37,16 @@ def profiler_enabled() -> bool:
     return bool(profiler._is_profiler_enabled)
 
 
+def post_accumulate_hooks(param: Tensor) -> list[Any]:
+    """Return the user's hooks that torch calls after it has added to ``.grad``.
+
+    Those of ``torch.distributed`` belong to passes of its own.
+    """
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    modules = ((hook, str(getattr(hook, "__module__", ""))) for hook in hooks.values())
+    return [hook for hook, module in modules if not module.startswith("torch.distributed")]
+
+
 def reduces_float32(device: torch.device) -> bool:
     """Say whether torch may compute products of float32 matrices in a lower precision.
 

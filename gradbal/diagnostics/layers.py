@@ -10,7 +10,7 @@ from gradbal.diagnostics.course import cosines
 from gradbal.graph.losses import Batch, Losses, named_losses, read_batch
 from gradbal.graph.parameters import Parameters, tensors_of
 from gradbal.solvers.gram import gram_matrix, outside_autocast, sparse_gram
-from gradbal.step.one_pass import explaining_donation
+from gradbal.step.one_pass import explaining_passes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def layer_conflicts(losses: Losses, layers: nn.Module | Mapping[str, Parameters]
 def _gradients(batch: Batch, params: list[Tensor]) -> dict[int, tuple[Tensor | None, ...]]:
     """Return each task's gradient of every parameter that one reaches, by its ``id``."""
     wanted = list({id(param): param for param in params if param.requires_grad}.values())
-    with explaining_donation():
+    with explaining_passes():
         passes = [
             torch.autograd.grad([edge], wanted, [seed], retain_graph=True, allow_unused=True)
             for edge, seed in zip(batch.edges, batch.seeds(None), strict=True)

@@ -58,7 +58,12 @@ class Recorder:
         self.count = 0
         self._skipped_before = -mtl_opt._flow.left_out
         self._newest, self._clock = mtl_opt.last, nan
-        self._hook = mtl_opt.register_step_post_hook(self._look)
+        self._hook: Any = None
+        self._attach()
+
+    def _attach(self) -> None:
+        if self._hook is None:
+            self._hook = self.mtl_opt.register_step_post_hook(self._look)
 
     @property
     def skipped(self) -> int:
@@ -111,9 +116,13 @@ class Recorder:
 
     def detach(self) -> None:
         """Record no more; what is kept stays."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def __enter__(self) -> "Recorder":
+        """Go on recording, also after an earlier block has ended."""
+        self._attach()
         return self
 
     def __exit__(

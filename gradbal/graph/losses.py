@@ -1,20 +1,23 @@
 """What users give as losses, read into one form."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Module
 
 from gradbal._utils.devices import on_device
 from gradbal._utils.dtensor import is_sharded
 from gradbal._utils.torch_private import saved, signed
 
 PIECES = ("UnbindBackward0", "SelectBackward0")  # what takes a piece out of a stack
-Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Loss = Tensor | float | None  # None and 0 mark a task without a loss
+Losses = Tensor | Iterable[Loss] | Mapping[str, Loss] | Mapping[int, Loss]
+ABSENT = torch.zeros(())  # stands for the loss of a task that has none
 
 
 @dataclass
@@ -73,6 +76,16 @@ class Batch:
         """Whether only other processes have losses."""
         return self.n_elsewhere == len(self.losses)
 
+    def without(self, bad: Collection[int]) -> "Batch":
+        """Return the batch without the losses at some positions."""
+        kept = [i for i in range(len(self.losses)) if i not in bad]
+        found = read_batch([self.losses[i] for i in kept], [self.tasks[i] for i in kept])
+        return replace(
+            found,
+            values=self.values[kept],
+            shares=None if self.shares is None else self.shares[kept],
+        )
+
     def share(self, shares: Sequence[float], size: int) -> None:
         """Take a part in the mean over so many processes.
 
@@ -95,15 +108,18 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
     """Return the names, if they were given, and the losses as a list.
 
     Raises:
-        TypeError: If the losses are no list, tuple, mapping or 1-D tensor of tensors.
+        TypeError: If the losses are no mapping, iterable or 1-D tensor of tensors.
         ValueError: If there is none, or one is not a scalar.
     """
     names: list[str] | None = None
     if isinstance(losses, Mapping):
-        names = list(losses)
-        for given in names:
-            if not isinstance(given, str):
-                raise TypeError(f"Losses: task names must be strings, got {given!r}.")
+        for given in losses:
+            if not isinstance(given, str | int):
+                raise TypeError(
+                    f"Losses: task names must be strings or integers, got {given!r}; name each "
+                    "loss with one."
+                )
+        names = [str(given) for given in losses]
         found: list[Any] = list(losses.values())
     elif isinstance(losses, Tensor):
         if losses.ndim != 1:
@@ -112,7 +128,7 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
                 "give a list, a mapping or a 1-D tensor, and do not add the losses up."
             )
         found = _unstacked(losses)
-    elif isinstance(losses, Sequence) and not isinstance(losses, str | bytes):
+    elif isinstance(losses, Iterable) and not isinstance(losses, str | bytes | Module):
         found = list(losses)
     else:
         raise TypeError(
@@ -121,6 +137,7 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
         )
     if not found:
         raise ValueError("Losses: expected at least one loss, got none.")
+    found = [ABSENT if _stands_for_none(loss) else loss for loss in found]
     found = [loss.full_tensor() if is_sharded(loss) else loss for loss in found]
     for position, loss in enumerate(found):
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
@@ -128,8 +145,18 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
     return names, found
 
 
+def _stands_for_none(loss: object) -> bool:
+    """Say whether something marks a task without a loss: None, or the number 0."""
+    return loss is None or (isinstance(loss, int | float) and loss == 0)
+
+
 def _refuse(loss: object, name: str) -> NoReturn:
     """Say what is wrong with a loss."""
+    if isinstance(loss, int | float):
+        raise TypeError(
+            f"Losses: the loss of task {name} is the number {loss!r}, which has no graph (was it "
+            "`.item()`?); give the tensor, or leave a task without labels out."
+        )
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"Losses: the loss of task {name} must be a tensor, got {type(loss).__name__}."

@@ -186,7 +186,10 @@ class Descent:
             pieces = [Piece(plan.cut, (), list(sizes))]
         for top, bottom, numbers in pieces:
             params = [self.params[number] for number in numbers]
-            segment = Segment(top, params, True, bottom=bottom, numbers=numbers)
+            structure = m, len(plan.nodes), tuple(numbers)
+            segment = Segment(
+                top, params, True, bottom=bottom, numbers=numbers, structure=structure
+            )
             layers = self.planner.layers(segment, m)
             segment = segment._replace(layers=layers, hooked=top is plan.cut)
             apart = plan.sparse.union(numbers[i] for i in layers)

@@ -1,6 +1,6 @@
 """Task gradients kept as blocks of the Jacobian."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,14 @@ class Keep:
         """Return the inner products of rows without entries, where the parameters are."""
         size = (self.n_tasks, self.n_tasks)
         return torch.zeros(size, dtype=torch.float64, device=self.device)
+
+    def drop(self, tasks: Collection[int]) -> None:
+        """Forget the rows of some tasks."""
+        for task in tasks:
+            for block in self.blocks:
+                block.rows[task] = 0
+            for column in self.sparse.values():
+                column[task] = None
 
     def direction(self, weigh: Weigh) -> dict[int, Tensor]:
         """Return the weighted sum of the rows in new tensors, one per parameter.

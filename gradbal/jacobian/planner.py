@@ -233,7 +233,8 @@ class Planner:
         """Return the trunk of one batch, as it is to be gone through."""
         top = plan.cut if plan.trunk else ()
         params = [self.roles.params[number] for number in plan.trunk]
-        segment = Segment(top, params, retain_graph, numbers=plan.trunk)
+        structure = len(plan.tasks), len(plan.nodes), len(top)
+        segment = Segment(top, params, retain_graph, numbers=plan.trunk, structure=structure)
         return segment._replace(layers=self.layers(segment, len(plan.tasks)))
 
     def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:

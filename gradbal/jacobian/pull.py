@@ -27,6 +27,7 @@ class Segment(NamedTuple):
         bottom: Edges at which it ends.
         hooked: Whether what arrives at the top has been through the hooks on the tensors there.
         numbers: Of the parameters, among all of the optimizer.
+        structure: What tells graphs apart that are made in another way.
     """
 
     top: Boundary
@@ -36,6 +37,7 @@ class Segment(NamedTuple):
     bottom: Boundary = ()
     hooked: bool = True
     numbers: Sequence[int] = ()
+    structure: object = None
 
 
 class Cotangent(NamedTuple):

@@ -79,6 +79,13 @@ class Represented(GramOnly):
         """Return a direction found entry by entry as it is."""
         return dict(direction)
 
+    def drop(self, tasks: Collection[int]) -> None:
+        """Forget the cotangents of some tasks, and their rows beside the cut."""
+        super().drop(tasks)
+        for column in self.beside.values():
+            for task in tasks:
+                column[task] = None
+
     def direction(self, weights: Tensor) -> dict[int, Tensor]:
         """Return the weighted sum of the rows, numbered as in ``stacks``."""
         sums = {number: weighted(rows, weights) for number, rows in self.beside.items()}

@@ -1,7 +1,7 @@
 """Rows that meet and are not kept: one pass goes down from the cut once weights are known."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,6 +34,11 @@ class GramOnly:
         for cotangent in cotangents:
             self.held.append(cotangent.values)
             yield cotangent
+
+    def drop(self, tasks: Collection[int]) -> None:
+        """Forget the cotangents of some tasks."""
+        for task in tasks:
+            self.held[task] = [None] * len(self.held[task])
 
     def direction(self, weights: Tensor) -> dict[int, Tensor]:
         """Return the weighted sum of the cotangents at each edge of the cut, numbered on."""
@@ -102,6 +107,11 @@ class Streamed(GramOnly):
         self.grams.append(self._guarded(self.piece))
         self.piece.sparse.clear()
         return (below.popleft() for _ in range(n))
+
+    def drop(self, tasks: Collection[int]) -> None:
+        """Forget the cotangents of some tasks, and their rows beside the trunk."""
+        super().drop(tasks)
+        self.beside.drop(tasks)
 
     def gram(self, group: str, *, scaled: bool = False) -> Tensor:
         """Return the Gram matrix, shape ``[m, m]``, float64."""

@@ -27,23 +27,30 @@ class Batch:
 
     def __init__(self, chunk_size: int | None = None) -> None:
         self.chunk_size = chunk_size
-        self.refused = self.proven = False
+        self.refused = False
+        self.proven: set[object] = set()  # structures of graphs that could be batched
 
     def __call__(self, segment: Segment, cotangents: Cotangents) -> RowStream:
         queue = iter(cotangents)
         while not self.refused and (chunk := list(itertools.islice(queue, self.chunk_size))):
-            free = self.proven and chunk[-1].last and not segment.retain_graph
+            free = segment.structure in self.proven and chunk[-1].last and not segment.retain_graph
             try:
                 rows = _cross(segment, chunk, last=free)
             except (RuntimeError, NotImplementedError) as error:
                 if free:
-                    raise
+                    self.refused = True
+                    raise RuntimeError(
+                        "Batched: an operation that cannot be batched appeared in a graph that "
+                        "looks like earlier ones, and its buffers are gone; compute the losses "
+                        "again and repeat the step, which then goes one task at a time."
+                    ) from error
                 reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
                 log.warning("Batched: going on one task at a time, because: %s", reason)
                 self.refused = True
                 queue = itertools.chain(chunk, queue)
             else:
-                self.proven = True
+                if chunk[-1].last:
+                    self.proven.add(segment.structure)
                 yield rows
         yield from loop(segment, queue)
 

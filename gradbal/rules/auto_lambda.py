@@ -73,7 +73,8 @@ class AutoLambda(GradientRule):
         ahead = combined(ctx.state["weights"], rows)
         _, slopes = ctx.probe(ahead, lr, closure, weights=primary[None])
         products = [
-            row.flatten(1) @ slope.flatten() for row, slope in zip(rows, slopes, strict=True)
+            row.reshape(len(row), -1) @ slope.flatten()
+            for row, slope in zip(rows, slopes, strict=True)
         ]
         advance(ctx.state, "weights", -lr * ctx.total(products), None, ctx.lr, "adam")
         return ctx.state["weights"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from gradbal.rules._base import Claim, Context, GramRule, Scale
 from gradbal.rules._registry import register
 from gradbal.solvers.equilibrate import equilibrate
+from gradbal.solvers.gram import ROUNDING
 from gradbal.solvers.nonnegative_qp import nonnegative_qp
 
 ALIKE = 8  # rounding errors of a cosine within which two gradients are parallel
@@ -47,7 +48,7 @@ class EDM(GramRule):
             torch.addr(cosines, present, present), -present, capturable=ctx.capturable
         )
         ctx.stats["residual"] = solution.residual
-        alike = (cosines - (1 - ALIKE * ctx.eps)).clamp(min=0).sign()
+        alike = (cosines - (1 - ALIKE * ROUNDING)).clamp(min=0).sign()
         shares = alike @ (solution.value / alike.sum(dim=1).clamp(min=1))  # of parallel ones even
         weights = shares / (norms + (1 - present))
         return (weights / weights.sum()).nan_to_num(nan=1 / len(gram))  # all without gradient

@@ -87,5 +87,6 @@ class ExcessMTL(GradientRule):
         for kept, grad in zip(ctx.buffers, grads, strict=True):
             squares = grad.to(kept["squares"].dtype).square()
             kept["squares"] = total = kept["squares"] + squares
-            parts.append(total.clamp(min=TINY).rsqrt_().mul_(squares).flatten(1).sum(dim=1))
+            risks = total.clamp(min=TINY).rsqrt_().mul_(squares)
+            parts.append(risks.reshape(len(risks), -1).sum(dim=1))
         return ctx.total(parts)

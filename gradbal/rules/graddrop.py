@@ -49,7 +49,7 @@ class GradDrop(GradientRule):
         return [self._drop(*pair, ctx) for pair in zip(grads, indices, strict=True)]
 
     def _drop(self, grad: Tensor, index: int, ctx: Context) -> Tensor:
-        rows, dtype = grad.flatten(1), wide(grad)
+        rows, dtype = grad.reshape(len(grad), -1), wide(grad)
         draws = ctx.uniform(index, rows[0])
         out, ones = torch.empty_like(draws), draws.new_ones(len(rows))
         pieces = (torch.split(part, CHUNK, dim=-1) for part in (rows, draws, out))

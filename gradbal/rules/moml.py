@@ -71,7 +71,8 @@ class MOML(GradientRule):
         shares = torch.softmax(ctx.state["logits"], dim=0)
         losses, ahead = ctx.probe(combined(shares, rows), lr, closure)
         products = [
-            above.flatten(1) @ below.flatten(1).T for above, below in zip(ahead, rows, strict=True)
+            above.reshape(len(above), -1) @ below.reshape(len(below), -1).T
+            for above, below in zip(ahead, rows, strict=True)
         ]
         upper = -lr * ctx.total(products) @ (shares.diag() - torch.outer(shares, shares))
         upper = upper / self._sizes(upper, losses.to(upper.device))[:, None]

@@ -1,5 +1,6 @@
 """The way of the data: from losses to ``.grad``, in one place."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from gradbal._utils.checks import OWNER
 from gradbal._utils.dtensor import check_arrived, check_placed
 from gradbal._utils.profiler import phase
+from gradbal._utils.torch_private import post_accumulate_hooks
 from gradbal.distributed import Processes
 from gradbal.distributed.counts import Counts
 from gradbal.graph.losses import Batch, Losses
@@ -22,7 +24,7 @@ from gradbal.step.closures import probe
 from gradbal.step.finite import Survey, survey_losses
 from gradbal.step.gather import Gathered, check_peers, gather
 from gradbal.step.learned import Learning
-from gradbal.step.one_pass import explaining_donation, leaving_word, pass_once
+from gradbal.step.one_pass import explaining_passes, leaving_word, pass_once
 from gradbal.step.options import Options
 from gradbal.step.read import Reader
 from gradbal.step.record import StepRecord
@@ -76,6 +78,9 @@ class Flow:
         with leaving_word(lambda: self.processes), core.transaction() as undo:
             with phase("bookkeeping"):
                 batch = self.reader.read(losses, call)
+                batch = self._without_bad_losses(batch)
+            if not batch.tasks:
+                return self._skip(tuple(core.names), call, undo)
             scale = call.initial_gradient(batch.values.device)
             decision, shown = self._decide_on_losses(batch, call)
             if shown.bad and options.stops_at_nonfinite(call.scaler):
@@ -86,13 +91,15 @@ class Flow:
                 return self._pass_once(batch, decision, shown, scale, call, undo)
             at_cut = decision is not None and not core.pending
             further = [] if decision is not None else self.reader.further(batch, call)
-            with phase("jacobian"), explaining_donation():
+            with phase("jacobian"), explaining_passes():
                 others = [more for more in further if isinstance(more, Batch)]
                 found = gather(self.descent, core, batch, scale, call, others, at_cut=at_cut)
             if found is None:
                 return False
             with phase("gram"):
                 seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
+            if seen.bad and self._leaves_out(seen.bad, call):
+                seen = found.without(seen)
             if seen.bad and options.stops_at_nonfinite(call.scaler):
                 return self._refuse(seen.what, seen.bad, batch.values, found.tasks, call, undo)
             with phase("solve"):
@@ -111,6 +118,21 @@ class Flow:
             if self.planner.chooser is not None:
                 self.planner.chooser.stop()
             return True
+
+    def _without_bad_losses(self, batch: Batch) -> Batch:
+        """Leave tasks out whose losses are NaN or inf, where the user asked for that."""
+        if self.options.when_nonfinite != "absent":
+            return batch
+        values = self.processes.sum(batch.values)
+        bad = [i for i, value in enumerate(values.tolist()) if not math.isfinite(value)]
+        return batch.without(bad) if bad else batch
+
+    def _leaves_out(self, bad: Sequence[int], call: Call) -> bool:
+        """Say whether tasks whose gradients are NaN or inf are left out of the step.
+
+        Under a scaler the factor may be at fault, and an auxiliary loss (-1) is no task.
+        """
+        return self.options.when_nonfinite == "absent" and call.scaler is None and -1 not in bad
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, Survey]:
         """Find weights that need no gradient, and look at the losses where that is enough."""
@@ -209,9 +231,12 @@ class Flow:
             )
             if unseen and not self.processes.all(all_finite(grads.values(), found.losses.device)):
                 return False
-            held = self.descent.roles.held
+            held, written = self.descent.roles.held, sorted({*grads, *found.aux})
             add_to_grads(params, held, grads, new)
             add_to_grads(params, held, found.aux)
+        for param in (params[number] for number in written):
+            for hook in post_accumulate_hooks(param):
+                hook(param)  # as torch does once the gradient is complete
         return True
 
     def _pass_once(
@@ -229,7 +254,8 @@ class Flow:
             check_peers(planner.plan(batch, self.core.sets, found=True), self.processes.size)
         self._start_anew(call)
         weights = decision.shared[MODEL]
-        with phase("backward"), replacing_grads(params, fresh=call.fresh):
+        fresh = call.fresh
+        with phase("backward"), replacing_grads(params, fresh=fresh), explaining_passes():
             finite = pass_once(
                 params,
                 batch,
@@ -310,14 +336,15 @@ class Flow:
     ) -> bool:
         """Deal with what is not finite: raise, skip the step, or let the scaler skip it."""
         names = tuple(self.core.names[task] for task in tasks)
-        if call.scaler is None and self.options.when_nonfinite == "raise":
+        if call.scaler is None and self.options.when_nonfinite in ("raise", "absent"):
             whose = ", ".join("the auxiliary loss" if i < 0 else f"task {names[i]!r}" for i in bad)
             whose += self.processes.where(not losses.isfinite().all())
             so = "the step was broken off" if call.replay else "nothing was changed"
             raise ValueError(
-                f"{OWNER}: the {what} of {whose} is not finite; {so}. Look for the "
-                'cause with torch.autograd.set_detect_anomaly(True), or pass on_nonfinite="skip" '
-                "to leave such steps out."
+                f"{OWNER}: the {what} of {whose} is not finite; {so}. Leave a task without labels "
+                "in this batch out of the mapping, or give None for it; or pass "
+                'on_nonfinite="absent" to leave such tasks out, "skip" to leave such steps out. '
+                "torch.autograd.set_detect_anomaly(True) shows the cause."
             )
         return self._skip(names, call, undo)
 
@@ -339,7 +366,7 @@ class Flow:
     ) -> bool:
         """Deal with a rule that returned NaN or inf for finite losses and gradients."""
         core = self.core
-        if self.options.when_nonfinite == "raise":
+        if self.options.when_nonfinite in ("raise", "absent"):
             raise ValueError(
                 f"{OWNER}: {type(core.rule).__name__} returned {fault} not finite in step "
                 f"{core.solved}, although losses and task gradients are; nothing was changed. "

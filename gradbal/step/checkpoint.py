@@ -54,6 +54,20 @@ def contents(core: Any) -> dict[str, Any]:  # a Core; this module lies below it
     }
 
 
+def check_tasks(core: Any, state_dict: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint was written for other tasks than were announced.
+
+    Raises:
+        ValueError: If so.
+    """
+    names = opened(state_dict)["tasks"]["names"]
+    if core.announced and names and names != core.names:
+        raise ValueError(
+            f"Checkpoint: expected the tasks in `tasks=`, {', '.join(core.names)}, got "
+            f"{', '.join(names)}; load it into an optimizer with these tasks, or without `tasks=`."
+        )
+
+
 def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
     """Let a core remember what another one did, see :func:`contents`."""
     loaded = opened(state_dict)

@@ -25,6 +25,7 @@ class Survey:
         bad: Positions of tasks for which something is not finite; -1 stands for the auxiliary
             losses.
         what: What it is, ``"gradient"`` or ``"loss"``.
+        left_out: Positions of tasks that take no part in this step.
     """
 
     grams: dict[str, Tensor]
@@ -32,6 +33,7 @@ class Survey:
     values: list[float] | None
     bad: list[int]
     what: str = "loss"
+    left_out: Sequence[int] = ()
 
 
 def survey(

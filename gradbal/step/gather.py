@@ -59,6 +59,21 @@ class Gathered:
         """Numbers of the present tasks."""
         return self.gradients.tasks
 
+    def without(self, seen: Survey) -> Survey:
+        """Leave the tasks out whose gradients are NaN or inf: their rows, and those of heads.
+
+        They keep their positions, with a weight of 0 on everything, and nothing is multiplied.
+        """
+        gradients, bad = self.gradients, set(seen.bad)
+        gradients.members = {
+            group: [i for i in positions if i not in bad]
+            for group, positions in gradients.members.items()
+        }
+        gradients.sink.drop(bad)
+        for i in bad:
+            gradients.heads.grads[i] = {}
+        return replace(seen, bad=[], left_out=seen.bad)
+
     def survey(self, scale: Tensor | None, *, grams: bool, capturable: bool) -> Survey:
         """Look at Gram matrices, losses and whether everything is finite, in one trip."""
         return survey(

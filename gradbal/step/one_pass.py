@@ -1,11 +1,14 @@
 """One ordinary backward pass of the weighted losses, and the messages around passes."""
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from gradbal._utils.checks import OWNER
 from gradbal._utils.dtensor import local, own_part
 from gradbal.distributed import Processes
 from gradbal.graph.losses import Batch
@@ -45,18 +48,44 @@ def leaving_word(processes: Callable[[], Processes]) -> Iterator[None]:
 
 
 @contextmanager
-def explaining_donation() -> Iterator[None]:
-    """Give another remedy than torch for donated buffers; following torch's gives wrong rows."""
+def explaining_passes() -> Iterator[None]:
+    """Say in this package's words why a graph cannot be passed once more, and what helps here.
+
+    Torch's own advice, to retain the graph, leads to a further pass or to wrong rows.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if "donated buffers" not in str(error):
-            raise
-        raise RuntimeError(
-            "MTLOptimizer: a compiled part of the model can be gone through once only, because an "
-            "ordinary backward pass came first when it was compiled; use the engine "
-            "Representation, or an empty compiler cache and this optimizer from the first step on."
-        ) from error
+    except Exception as error:
+        if "donated buffers" in str(error):
+            raise RuntimeError(
+                f"{OWNER}: a compiled part of the model can be gone through once only, because an "
+                "ordinary backward pass came first when it was compiled; use the engine "
+                "Representation, or an empty compiler cache and this optimizer from the first "
+                "step on."
+            ) from error
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(
+                f"{OWNER}: the graph of the losses is used up; leave out `.backward()`, which "
+                "`step(losses)` does, or compute the losses anew. To use one graph twice call "
+                "`backward(losses, retain_graph=True)` first."
+            ) from error
+        if (name := _custom_function(error)) is not None:
+            raise RuntimeError(
+                f"{OWNER}: the backward of {name} failed in a pass for one task; if it can run "
+                "only once, because it frees what it saved, use the engine Representation() or a "
+                "rule on losses, which go through the trunk once. `mtl_opt.check(losses)` tells "
+                "whether others can run more than once."
+            ) from error
+        raise
+
+
+def _custom_function(error: BaseException) -> str | None:
+    """Return the name of the ``autograd.Function`` whose backward raised an error, if one did."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if frame.f_code.co_name == "apply" and isinstance(node, BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+    return None
 
 
 def pass_once(

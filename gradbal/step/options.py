@@ -58,7 +58,7 @@ class Options:
         self._check_values()
         if isinstance(base, WrappedOptimizer):
             raise TypeError(f"{OWNER}: the base is an {OWNER} already; wrap a plain optimizer.")
-        if self.capturable and self.on_nonfinite in ("raise", "skip"):
+        if self.capturable and self.on_nonfinite in ("raise", "skip", "absent"):
             raise ValueError(
                 f"{OWNER}: with `capturable` nothing is read back, so on_nonfinite="
                 f"{self.on_nonfinite!r} cannot be; leave it out."
@@ -84,7 +84,9 @@ class Options:
         """Raise if an option by itself cannot be."""
         checks.one_of(OWNER, ("sum", "native"), scale=self.scale)
         checks.one_of(OWNER, ("plain", "weighted", None), heads=self.heads)
-        checks.one_of(OWNER, ("raise", "skip", "propagate", None), on_nonfinite=self.on_nonfinite)
+        checks.one_of(
+            OWNER, ("raise", "skip", "absent", "propagate", None), on_nonfinite=self.on_nonfinite
+        )
         checks.of_type(OWNER, int, update_every=self.update_every, seed=self.seed)
         checks.at_least(OWNER, 1, update_every=self.update_every)
         if self.learned_lr is not None:

@@ -104,6 +104,7 @@ class Core:
         self.choice: Mapping[str, Mapping[str, str]] = {}
         self.shards: Mapping[int, Tensor] = {}
         self.n_processes = 1
+        self.announced = tasks is not None and not isinstance(tasks, int)
         if tasks is not None:
             self.numbered = isinstance(tasks, int)
             self._grow(announced_tasks(tasks))
@@ -123,6 +124,11 @@ class Core:
             ValueError: If a list has another length than before.
         """
         known = known_tasks(self.names, names, count, numbered=self.numbered)
+        if self.announced and len(known) > len(self.names):
+            raise ValueError(
+                f"{OWNER}: expected losses of the tasks in `tasks=`, {', '.join(self.names)}, got "
+                f"one of {known[len(self.names)]!r}; correct the name, or leave `tasks=` out."
+            )
         if known != self.names:
             if self.captured and self.names:
                 raise RuntimeError(
@@ -369,6 +375,7 @@ class Core:
             ValueError: If it was written by a newer version or for another rule.
         """
         checkpoint.verify(state_dict, self.rule.kind)
+        checkpoint.check_tasks(self, state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; one that fails leaves everything as it was.

@@ -194,7 +194,12 @@ class Decision:
 
     def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
         """Return what diagnostics will want to see."""
+        kept = [i for i in range(len(names)) if i not in seen.left_out]
+        names, losses, heads = [names[i] for i in kept], seen.losses, self.heads
         weights = list(self.shared.values())
+        if seen.left_out:
+            losses, heads = losses[kept], None if heads is None else heads[kept]
+            weights = [vector[kept] for vector in weights]
         several = torch.stack(weights) if len(weights) > 1 else None
         members = {
             group: [i for i, name in enumerate(names) if name in ctx.names]
@@ -202,9 +207,9 @@ class Decision:
         }
         return StepRecord(
             tasks=tuple(names),
-            losses=seen.losses,
+            losses=losses,
             weights=weights[0] if len(weights) == 1 else several,
-            heads=self.heads,
+            heads=heads,
             grams=self.grams,
             members=members,
             stats={group: dict(ctx.stats) for group, (_, ctx) in self.contexts.items()},
