@@ -37,14 +37,17 @@ def profiler_enabled() -> bool:
     return bool(profiler._is_profiler_enabled)
 
 
-def post_accumulate_hooks(param: Tensor) -> list[Any]:
-    """Return the user's hooks that torch calls after it has added to ``.grad``.
+def post_accumulate_hooks(params: Sequence[Tensor]) -> list[tuple[Any, Tensor]]:
+    """Return the user's hooks that torch calls after it has added to ``.grad``, and for what.
 
     Those of ``torch.distributed`` belong to passes of its own.
     """
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    modules = ((hook, str(getattr(hook, "__module__", ""))) for hook in hooks.values())
-    return [hook for hook, module in modules if not module.startswith("torch.distributed")]
+    found = []
+    for param in params:
+        for hook in (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values():
+            if not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+                found.append((hook, param))
+    return found
 
 
 def reduces_float32(device: torch.device) -> bool:
@@ -105,6 +108,7 @@ def saved(node: Node, name: str, default: Any = None) -> Any:  # numbers, tuples
     return getattr(node, f"_saved_{name}", default)
 
 
+@cache
 def saves(kind: type[Node], name: str) -> bool:
     """Say whether nodes of a type have saved a value under this name."""
     return hasattr(kind, f"_saved_{name}")

@@ -97,6 +97,7 @@ def make_plan(
     known: Mapping[int, int] = MappingProxyType({}),
     shared: Collection[int] | None = None,
     tag: Hashable = None,
+    helps: dict[tuple[int, ...], bool] | None = None,
 ) -> Plan:
     """Find heads, cut and trunk.
 
@@ -111,28 +112,56 @@ def make_plan(
         shared: Numbers of the parameters to treat as shared; None to find them.
         tag: The cut is to be at the edges that were marked with this key, see :func:`mark`;
             None for where the tasks' graphs meet.
+        helps: Whether it makes a difference to follow what tasks read, by size of the graph and
+            tasks; filled in here. None to forget it.
     """
+    helps = {} if helps is None else helps
     walk = walk_graph(roots, tasks)
     sinks = walk.sinks
     if sinks:
         found = [behind_sinks((root.node, root.output_nr)) for root in roots]
         roots = [GradientEdge(node, number) for node, number in found if node is not None]
         walk = walk_graph(roots, tasks, behind=True)
-    routing = route(walk, dict(zip(tasks, roots, strict=True))) or Routing()
-    packed = routing.region
-    tops = list(roots)
-    if packed:  # each task goes on where it leaves what is packed
-        numbers = list(tasks)
-        for task, edges in routing.lower.items():
-            tops += edges
-            numbers += [task] * len(edges)
-        walk = walk_graph(tops, numbers, behind=bool(sinks), closed=packed)
+
+    def planned(walk: Walk, routing: Routing) -> Plan:
+        return _planned(walk, roots, tasks, routing, index, known, shared, tag)
+
+    size = len(walk.order), *tasks
+    routing = route(walk, dict(zip(tasks, roots, strict=True))) if helps.get(size, True) else None
+    if routing is None:
+        return planned(walk, Routing())
+    if not routing.region:
+        helps[size] = False
+        return planned(walk, routing)
+    numbers = [*tasks, *(task for task, edges in routing.lower.items() for _ in edges)]
+    tops = [*roots, *(edge for edges in routing.lower.values() for edge in edges)]
+    routed = walk_graph(tops, numbers, behind=bool(sinks), closed=routing.region)
+    plan = planned(routed, routing)
+    if size not in helps:
+        plain = planned(walk, Routing(unresolved=routing.unresolved))
+        helps[size] = (plain.own, plain.above, plain.trunk) != (plan.own, plan.above, plan.trunk)
+        return plan if helps[size] else plain
+    return plan
+
+
+def _planned(
+    walk: Walk,
+    roots: Sequence[GradientEdge],
+    tasks: Sequence[int],
+    routing: Routing,
+    index: Mapping[int, int],
+    known: Mapping[int, int],
+    shared: Collection[int] | None,
+    tag: Hashable,
+) -> Plan:
+    """Plan along a walk that leaves a packed region where its tasks do."""
+    packed, sinks = routing.region, walk.sinks
+    tops = [*roots, *(edge for edges in routing.lower.values() for edge in edges)]
     marked = marked_edges(walk, tag)
-    common = {n for n, above in walk.tasks.items() if several(above) and n not in packed}
+    common = {n for n, tasks in walk.tasks.items() if tasks & (tasks - 1)} - packed
     region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {top.node for top in tops} - packed)
     cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, tops, region)
-    compiled = [edge.node for edge in cut if type(edge.node).__name__ == COMPILED]
     plan = Plan(
         roots=list(roots),
         tasks=list(tasks),
@@ -140,8 +169,7 @@ def make_plan(
         above=[[] for _ in roots],
         cut=cut,
         marked=marked,
-        opaque=len({*compiled}) < len(compiled)  # several outputs; one is a compiled trunk's
-        or any(type(root.node).__name__ == COMPILED for root in roots if root.node in common),
+        opaque=COMPILED in walk.kinds and _is_opaque(roots, cut, common),
         within=_within(roots, tasks, walk, packed),
         hidden="CheckpointFunctionBackward" in walk.kinds,
         apart=common <= region and not sinks and not packed,
@@ -155,6 +183,16 @@ def make_plan(
 
     _place_leaves(plan, walk, index, shares, region - entries)
     return plan
+
+
+def _is_opaque(roots: Sequence[GradientEdge], cut: Boundary, common: set[Node]) -> bool:
+    """Say whether a compiled graph makes several of the tensors in which tasks meet, or losses.
+
+    One that makes a single one is a compiled trunk.
+    """
+    made = [edge.node for edge in cut if type(edge.node).__name__ == COMPILED]
+    losses = [root.node for root in roots if root.node in common]
+    return len({*made}) < len(made) or any(type(node).__name__ == COMPILED for node in losses)
 
 
 def _within(

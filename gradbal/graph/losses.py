@@ -137,12 +137,17 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
         )
     if not found:
         raise ValueError("Losses: expected at least one loss, got none.")
-    found = [ABSENT if _stands_for_none(loss) else loss for loss in found]
-    found = [loss.full_tensor() if is_sharded(loss) else loss for loss in found]
+    for i, loss in enumerate(found):
+        if type(loss) is not Tensor:
+            found[i] = ABSENT if _stands_for_none(loss) else _whole(loss)
     for position, loss in enumerate(found):
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             _refuse(loss, repr(names[position]) if names else str(position))
     return names, found
+
+
+def _whole(loss: Any) -> Any:
+    return loss.full_tensor() if is_sharded(loss) else loss
 
 
 def _stands_for_none(loss: object) -> bool:

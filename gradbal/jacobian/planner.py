@@ -57,6 +57,7 @@ class Planner:
         self.use(engine)
         self.log, self.seed = Log(), 0
         self.names: Sequence[str] = ()
+        self.helps: dict[tuple[int, ...], bool] = {}
         self.hidden = False
         self.reached: Mapping[int, int] = {}
         self.roundoffs: dict[tuple[int, int], float] = {}  # by number of tasks and nodes
@@ -133,6 +134,7 @@ class Planner:
                 known=known,
                 shared=self.roles.named,
                 tag=tag,
+                helps=self.helps,
             )
         size = len(plan.tasks), len(plan.nodes)
         if size not in self.roundoffs:  # a narrower dtype comes with other nodes

@@ -234,9 +234,8 @@ class Flow:
             held, written = self.descent.roles.held, sorted({*grads, *found.aux})
             add_to_grads(params, held, grads, new)
             add_to_grads(params, held, found.aux)
-        for param in (params[number] for number in written):
-            for hook in post_accumulate_hooks(param):
-                hook(param)  # as torch does once the gradient is complete
+        for hook, param in post_accumulate_hooks([params[number] for number in written]):
+            hook(param)  # as torch does once the gradient is complete
         return True
 
     def _pass_once(

@@ -51,8 +51,9 @@ class Learning:
             closure: Evaluates the losses again, if there is one that does.
             processes: Each with its part of the batch.
         """
-        with self.core.transaction():
-            self._after_step(closure, processes)
+        if self.core.slopes or self.core.decided:
+            with self.core.transaction():
+                self._after_step(closure, processes)
 
     def _after_step(self, closure: Callable[[], Any] | None, processes: Processes) -> None:
         core = self.core

@@ -308,17 +308,19 @@ class Core:
         Yields:
             A function that undoes every change made so far.
         """
+        if not self.capturable:
+            with undoable(self, _CONTAINERS, self.generator) as undo:
+                yield undo
+            return
         self.fixed = {path: kept[path[-1]] for path, kept in self._slots()}
-        self.captured |= self.capturable and _capturing()
+        self.captured |= _capturing()
         self.good = None
-        with undoable(self, _CONTAINERS, None if self.capturable else self.generator) as undo:
+        with undoable(self, _CONTAINERS, None) as undo:
             yield undo
             self._settle()
 
     def _slots(self) -> list[tuple[Path, Any]]:
-        """Return, with ``capturable``, the path of every tensor that lasts and what holds it."""
-        if not self.capturable:
-            return []
+        """Return the path of every tensor that lasts, and what holds it."""
         found: list[tuple[Path, Any]] = [((name,), self.__dict__) for name in _COUNTERS]
         for section in ("state", "buffers"):
             for key, kept in getattr(self, section).items():

@@ -194,10 +194,10 @@ class Decision:
 
     def record(self, names: Sequence[str], seen: Survey) -> StepRecord:
         """Return what diagnostics will want to see."""
-        kept = [i for i in range(len(names)) if i not in seen.left_out]
-        names, losses, heads = [names[i] for i in kept], seen.losses, self.heads
-        weights = list(self.shared.values())
+        losses, heads, weights = seen.losses, self.heads, list(self.shared.values())
         if seen.left_out:
+            kept = [i for i in range(len(names)) if i not in seen.left_out]
+            names = [names[i] for i in kept]
             losses, heads = losses[kept], None if heads is None else heads[kept]
             weights = [vector[kept] for vector in weights]
         several = torch.stack(weights) if len(weights) > 1 else None
