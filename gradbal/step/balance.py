@@ -96,23 +96,24 @@ class Flow:
                 found = gather(self.descent, core, batch, scale, call, others, at_cut=at_cut)
             if found is None:
                 return False
+            tasks = found.tasks
             with phase("gram"):
                 seen = found.survey(scale, grams=decision is None, capturable=options.capturable)
             if seen.bad and self._leaves_out(seen.bad, call):
                 seen = found.without(seen)
             if seen.bad and options.stops_at_nonfinite(call.scaler):
-                return self._refuse(seen.what, seen.bad, batch.values, found.tasks, call, undo)
+                return self._refuse(seen.what, seen.bad, batch.values, tasks, call, undo)
             with phase("solve"):
                 decision = decision or self._decide(found, seen, scale, further)
-                if fault := self._fault(decision, found.tasks):
-                    return self._refuse_rule(fault, found.tasks, call, undo)
+                if fault := self._fault(decision, tasks):
+                    return self._refuse_rule(fault, tasks, call, undo)
             with phase("write_grad"):
                 finite = self._write(found, decision, call)
             if not finite:
-                everyone = range(len(found.tasks))
-                return self._refuse("gradient", everyone, batch.values, found.tasks, call, undo)
+                everyone = range(len(tasks))
+                return self._refuse("gradient", everyone, batch.values, tasks, call, undo)
             with phase("bookkeeping"):
-                self._commit(decision, found.tasks, seen, call)
+                self._commit(decision, tasks, seen, call)
             core.sets = found.known
             core.discard()
             if self.planner.chooser is not None:
