@@ -202,7 +202,7 @@ def _names(count: int) -> tuple[str, ...]:
 def _learn(rule: Rule, ctx: Context) -> None:
     """Step what the rule learns."""
     for name, slope in ctx.slopes.items():
-        advance(ctx.state, name, slope, None, ctx.lr, rule.learner or "adam")
+        advance(rule, ctx.state, name, slope, None, ctx.lr, rule.learner or "adam")
     ctx.slopes = {}
 
 

@@ -17,6 +17,9 @@ from gradbal import MTLOptimizer, aggregate, engines, make_rule
 from gradbal.rules._base import Context, GramRule
 
 Row = list[Tensor | None]
+PUBLISHED = {  # learned scales as in the papers: from 0 on, stepped as the model is
+    name: make_rule(name, init=0.0, learner="base") for name in ("uw", "imtl_l", "imtl")
+}
 
 
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

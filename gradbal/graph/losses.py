@@ -1,6 +1,6 @@
 """What users give as losses, read into one form."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import Module
 
 from gradbal._utils.devices import on_device
 from gradbal._utils.dtensor import is_sharded
@@ -128,7 +127,9 @@ def named_losses(losses: Losses) -> tuple[list[str] | None, list[Tensor]]:
                 "give a list, a mapping or a 1-D tensor, and do not add the losses up."
             )
         found = _unstacked(losses)
-    elif isinstance(losses, Iterable) and not isinstance(losses, str | bytes | Module):
+    elif isinstance(losses, Sequence | Iterator | ValuesView) and not isinstance(
+        losses, str | bytes
+    ):
         found = list(losses)
     else:
         raise TypeError(

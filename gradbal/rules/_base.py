@@ -180,7 +180,8 @@ class Rule:
             ``ctx.state`` under the same name, restricted to the present tasks.
         learned: Names of the state tensors that are trained; the rule puts their gradients
             into ``ctx.slopes`` and the optimizer steps them.
-        learner: How ``learned`` is stepped; None for SGD beside an SGD base, else Adam.
+        learner: How ``learned`` is stepped: ``"sgd"``, ``"adam"``, or by the rule's own
+            :meth:`proximal`; None for SGD beside an SGD base, else Adam.
         learned_lr: Learning rate of the ``learned`` tensors; None for the base optimizer's.
         after: Where ``observe`` gets its losses: from a closure, from the next step's batch, or
             (``"auto"``) from a closure where one is given.
@@ -195,7 +196,7 @@ class Rule:
     needs_losses: bool = False
     per_task: ClassVar[tuple[str, ...]] = ()
     learned: ClassVar[tuple[str, ...]] = ()
-    learner: Literal["adam", "sgd"] | None = None
+    learner: Literal["adam", "sgd", "proximal"] | None = None
     learned_lr: float | None = None
     after: str = "auto"
     batches: ClassVar[tuple[int, ...]] = (1,)
@@ -209,6 +210,20 @@ class Rule:
         found by comparing two sizes.
         """
         return {}
+
+    def proximal(self, name: str, value: Tensor, slope: Tensor, lr: float | Tensor) -> Tensor:
+        """Step a learned tensor in a way of the rule's own, for ``learner="proximal"``.
+
+        Args:
+            name: Which of ``learned``.
+            value: The tensor.
+            slope: What the rule put into ``ctx.slopes``.
+            lr: The learning rate.
+
+        Returns:
+            The new tensor.
+        """
+        raise NotImplementedError
 
     @property
     def kind(self) -> str:

@@ -134,6 +134,9 @@ class Chain(Rule):
             state |= {f"{position}.{name}": tensor for name, tensor in own.items()}
         return state
 
+    def proximal(self, name: str, value: Tensor, slope: Tensor, lr: float | Tensor) -> Tensor:
+        return self.rule.proximal(name, value, slope, lr)
+
     def observe(self, losses: Tensor, ctx: Context) -> None:
         for transform in self.transforms:
             ctx = transform.see(ctx)

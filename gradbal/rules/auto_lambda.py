@@ -76,7 +76,7 @@ class AutoLambda(GradientRule):
             row.reshape(len(row), -1) @ slope.flatten()
             for row, slope in zip(rows, slopes, strict=True)
         ]
-        advance(ctx.state, "weights", -lr * ctx.total(products), None, ctx.lr, "adam")
+        advance(self, ctx.state, "weights", -lr * ctx.total(products), None, ctx.lr, "adam")
         return ctx.state["weights"]
 
 

@@ -88,7 +88,7 @@ class FORUM(GradientRule):
         ctx.state["average"] = weights = ctx.state["average"].lerp(newest, share)
         force = (weights @ pull).clamp(min=0)
         ctx.stats["weight"] = weights
-        advance(ctx.state, "logits", force * on_logits, None, ctx.lr, "adam")
+        advance(self, ctx.state, "logits", force * on_logits, None, ctx.lr, "adam")
         pairs = zip(combined(weights, upper), slope, strict=True)
         return [part + force.to(part) * q for part, q in pairs]
 

@@ -78,7 +78,7 @@ class MOML(GradientRule):
         upper = upper / self._sizes(upper, losses.to(upper.device))[:, None]
         chosen = min_norm(upper @ upper.T)
         ctx.stats["residual"] = chosen.residual
-        advance(ctx.state, "logits", chosen.value @ upper, None, ctx.lr, "adam")
+        advance(self, ctx.state, "logits", chosen.value @ upper, None, ctx.lr, "adam")
         return torch.softmax(ctx.state["logits"], dim=0)
 
     def _sizes(self, upper: Tensor, losses: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradbal._utils.dtensor import part_of, whole_of
 from gradbal.rules._base import mix
+from gradbal.rules._state import new_state
 from gradbal.step.accumulate import Pending
 from gradbal.step.trees import cloned
 
@@ -77,7 +79,8 @@ def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
     core.solved, core.age = core.count(step["solved"]), core.count(step["age"])
     core.skipped, core.epoch, core.seed = step["skipped"], step["epoch"], generator["seed"]
     core.generator = _generator(generator, step["solved"])
-    core.state, core.held, core.slopes = state["groups"], state["held"], state["slopes"]
+    core.state = {group: _fitting(core, kept) for group, kept in state["groups"].items()}
+    core.held, core.slopes = state["held"], state["slopes"]
     core.buffers = {
         number: {
             name: part_of(tensor, core.shards.get(number), len(core.row_axes[name]))
@@ -88,6 +91,27 @@ def restore(core: Any, state_dict: Mapping[str, Any]) -> None:
     core.pending = Pending(pending["rows"], pending["losses"], pending["aux"])
     core.decided, core.awaiting = set(pending["decided"]), set(pending["awaiting"])
     core.choice = loaded["choice"]
+
+
+def _fitting(core: Any, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is kept for a group, without what another learner remembers.
+
+    An earlier release stepped some learned tensors by Adam; their values go on, and what the
+    learner of today remembers begins anew.
+    """
+    if not kept or kept.keys() == core.axes.keys():
+        return dict(kept)
+    lost = sorted(kept.keys() - core.axes.keys())
+    if lost:
+        _LOGGER.warning(
+            "The checkpoint holds moments of another learner (%s); the learned values go on, and "
+            "the moments begin anew.",
+            ", ".join(lost),
+        )
+    n_tasks = len(core.names)
+    device = next(iter(kept.values())).device
+    fresh = new_state(core.rule, core.learner, n_tasks, device)
+    return {name: kept.get(name, tensor) for name, tensor in fresh.items()}
 
 
 def _generator(saved: Mapping[str, Any], step: int) -> torch.Generator:

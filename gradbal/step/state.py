@@ -274,7 +274,9 @@ class Core:
             for name in self.rule.learned:
                 if name in slopes:
                     moving = slopes[f"{name}.moving"] > 0
-                    advance(self.state[group], name, slopes[name], moving, lr, self.learner)
+                    advance(
+                        self.rule, self.state[group], name, slopes[name], moving, lr, self.learner
+                    )
         self.slopes = {}
 
     def forget_step(self) -> None:

@@ -14,7 +14,7 @@ from gradbal.step.weighting import MODEL
 def test_weights_are_products_of_exponentials(reduction: str) -> None:
     parameter, generator = torch.nn.Parameter(torch.ones(()).double()), seeded(0)
     rule = make_rule("group_dro", step_size=0.3, reduction=reduction)
-    mtl_opt = MTLOptimizer(torch.optim.SGD([parameter], lr=0), rule, tasks=["a", "b"])
+    mtl_opt = MTLOptimizer(torch.optim.SGD([parameter], lr=0), rule, tasks=["a", "b", "c"])
     shares = dict.fromkeys("abc", 1.0)
     for step in range(20):
         names = "ab" if step < 5 else ("abc", "bc", "ac", "c")[step % 4]

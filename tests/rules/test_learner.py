@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradbal.rules._base import State
+from gradbal.rules._base import Rule, State
 from gradbal.rules._learned import advance, slots
 
 STEPS = 12
@@ -31,7 +31,7 @@ def test_steps_are_those_of_torch(learner: str, lr: float | Tensor) -> None:
     for grad in gradients():
         param.grad = grad.clone()
         optimizer.step()
-        advance(state, "logits", grad, everyone, lr, learner)
+        advance(Rule(), state, "logits", grad, everyone, lr, learner)
         torch.testing.assert_close(state["logits"], param.detach(), rtol=1e-12, atol=1e-14)
 
 
@@ -42,9 +42,9 @@ def test_what_does_not_move_is_as_if_the_steps_had_not_been(learner: str) -> Non
     for number, grad in enumerate(gradients()):
         moving = everyone.clone()
         moving[2] = number % 3 == 0
-        advance(state, "logits", grad, moving, 0.1, learner)
+        advance(Rule(), state, "logits", grad, moving, 0.1, learner)
         if moving[2]:
-            advance(alone, "logits", grad, everyone, 0.1, learner)
+            advance(Rule(), alone, "logits", grad, everyone, 0.1, learner)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor[2], alone[name][2], rtol=0, atol=0)
 
@@ -53,7 +53,7 @@ def test_tensors_are_replaced_and_not_written_into() -> None:
     state = start("adam")
     before = dict(state)
     copies = {name: tensor.clone() for name, tensor in state.items()}
-    advance(state, "logits", gradients()[0], torch.ones(4, dtype=torch.bool), 0.1, "adam")
+    advance(Rule(), state, "logits", gradients()[0], torch.ones(4, dtype=torch.bool), 0.1, "adam")
     for name, tensor in before.items():
         assert torch.equal(tensor, copies[name])
         assert not torch.equal(state[name], tensor)

@@ -112,7 +112,7 @@ def test_options_with_a_rule_object() -> None:
             "CAGrad: unknown option 'rescal'. Did you mean 'rescale'? "
             "Its options: c, rescale, solver.",
         ),
-        ("uw", "start", "UW: unknown option 'start'. Its options: init."),
+        ("uw", "start", "UW: unknown option 'start'. Its options: init, learner."),
         ("rlw", "law", "RLW: unknown option 'law'. Its options: none."),
     ],
 )

@@ -73,12 +73,10 @@ class Slow:
         return [variable.grad.item() for variable in variables.values()]
 
 
-def optimizer(rule: str, tasks: str, **options: Any) -> tuple[MTLOptimizer, Tensor]:
+def optimizer(rule: str, **options: Any) -> tuple[MTLOptimizer, Tensor]:
     parameter = torch.nn.Parameter(torch.ones(()).double())
     rule_object = make_rule(rule, **options)
-    return MTLOptimizer(
-        torch.optim.SGD([parameter], lr=0), rule_object, tasks=list(tasks)
-    ), parameter
+    return MTLOptimizer(torch.optim.SGD([parameter], lr=0), rule_object), parameter
 
 
 def applied(mtl_opt: MTLOptimizer, parameter: Tensor, losses: Mapping[str, float]) -> Tensor:
@@ -92,7 +90,7 @@ def applied(mtl_opt: MTLOptimizer, parameter: Tensor, losses: Mapping[str, float
 @pytest.mark.parametrize("seed", range(6))
 def test_tasks_that_come_and_go_are_measured_one_by_one(seed: int, warmup: int) -> None:
     generator, names = seeded(seed), "abcd"
-    mtl_opt, parameter = optimizer("stch", "ab", warmup=warmup, mu=0.5)  # c and d are new later
+    mtl_opt, parameter = optimizer("stch", warmup=warmup, mu=0.5)  # c and d are new later
     slow = Slow(warmup, 0.5)
     for epoch in range(6):
         for _ in range(3):
@@ -109,8 +107,8 @@ def test_tasks_that_come_and_go_are_measured_one_by_one(seed: int, warmup: int) 
 
 
 def test_windows_are_epochs_of_so_many_steps() -> None:
-    marked, p = optimizer("stch", "ab", warmup=1)
-    counted, q = optimizer("stch", "ab", warmup=1, window=3)
+    marked, p = optimizer("stch", warmup=1)
+    counted, q = optimizer("stch", warmup=1, window=3)
     for step in range(12):
         losses = dict(zip("ab", losses_for(2, seed=step).tolist(), strict=True))
         assert torch.equal(applied(marked, p, losses), applied(counted, q, losses))

@@ -241,13 +241,13 @@ def test_a_raising_call_leaves_everything_as_it_was(rule: str, accumulate: bool)
     before = everything(model, optimizer)
     freed = model.losses(1)
     torch.autograd.grad(freed[1], list(model.trunk.parameters()))
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError, match="is used up"):
         optimizer.backward(freed, accumulate=accumulate)
     assert everything(model, optimizer) == before
     with pytest.raises(ValueError, match=re.escape("expected one loss for each of the 3 tasks")):
         optimizer.backward(model.losses(1)[:2], accumulate=accumulate)
     assert everything(model, optimizer) == before
-    with pytest.raises(TypeError, match="must be a tensor"):
+    with pytest.raises(TypeError, match="has no graph"):
         optimizer.backward([1.0, *model.losses(1)[:2]], accumulate=accumulate)  # type: ignore[list-item]
     assert everything(model, optimizer) == before
 

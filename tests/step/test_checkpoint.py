@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import ONE_BATCH, WEIGHTED, keeps_gradients
-from models import Toy, frozen_copy, wrapped
+from models import PUBLISHED, Toy, frozen_copy, wrapped
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import StepLR
 
@@ -383,10 +384,27 @@ OLD = Path(__file__).parent / "data" / "checkpoint_0.1.pt"
 def test_a_checkpoint_of_an_older_commit_goes_on(rule: str) -> None:
     saved = torch.load(OLD, weights_only=True)[rule]
     model = Toy(2, width=3)
-    optimizer = MTLOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), rule)
+    published = PUBLISHED.get(rule, rule)
+    optimizer = MTLOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), published)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     for batch in range(3, 6):
         optimizer.step(model.named(batch))
     for name, wanted in saved["after"].items():
         torch.testing.assert_close(model.state_dict()[name], wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_learned_values_of_an_older_commit_go_on_and_moments_begin_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved = torch.load(OLD, weights_only=True)["uw"]
+    model = Toy(2, width=3)
+    optimizer = MTLOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), "uw")
+    with caplog.at_level(logging.WARNING, logger="gradbal"):
+        optimizer.load_state_dict(saved["optimizer"])
+    assert "the learned values go on, and the moments begin anew" in caplog.text
+    state = saved["optimizer"]["gradbal"]["state"][0]["groups"]["model"]
+    kept = optimizer.core.state["model"]
+    assert kept.keys() == {"log_variance"}
+    assert torch.equal(kept["log_variance"], state["log_variance"])
+    optimizer.step(model.named(3))

@@ -21,7 +21,7 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"on_nonfinite": "ignore"},
         ValueError,
-        "`on_nonfinite` must be one of 'raise', 'skip', 'propagate', None, got 'ignore'.",
+        "`on_nonfinite` must be one of 'raise', 'skip', 'absent', 'propagate', None, got 'ignore'.",
     ),
     ({"update_every": 0}, ValueError, "`update_every` must be >= 1, got 0."),
     ({"update_every": 2.0}, TypeError, "`update_every` must be an int, got 2.0."),

@@ -203,7 +203,7 @@ def test_tasks_fix_the_size_of_the_state_before_the_first_step() -> None:
     optimizer.step(named(model, "b"))
     assert state(optimizer)["log_variance"].shape == (3,)
     assert frozen_copy(state(optimizer)["log_variance"][[0, 2]]) == frozen_copy(
-        torch.zeros(2).double()
+        torch.full((2,), torch.inf).double()  # they start at their first losses
     )
 
 

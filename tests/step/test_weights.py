@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import ONE_BATCH
 from models import (
+    PUBLISHED,
     Counted,
     Fixed,
     Inverse,
@@ -269,7 +270,7 @@ def learned(optimizer: MTLOptimizer, name: str) -> Tensor:
 def test_uncertainty_by_sgd_worked_out_by_hand() -> None:
     """Loss i is constant in s, so s follows s - lr (1/2 - 1/2 exp(-s) L)."""
     weight = param(1)
-    optimizer = wrapped([weight], "uw", lr=0.2)
+    optimizer = wrapped([weight], PUBLISHED["uw"], lr=0.2)
     s, losses = [0.0, 0.0], [3.0, 0.25]
     for _ in range(3):
         optimizer.step([value + 0.0 * weight.sum() for value in losses])
@@ -283,7 +284,7 @@ def test_uncertainty_by_sgd_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_learned_tensors_follow_torchs_own_optimizer(name: str, base: Any) -> None:
     model, plain = Toy(), Toy()
-    optimizer = MTLOptimizer(base(model.parameters(), lr=0.05), name)
+    optimizer = MTLOptimizer(base(model.parameters(), lr=0.05), PUBLISHED[name])
     scales = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     reference = base([*plain.parameters(), scales], lr=0.05)
     for batch in range(8):
@@ -317,7 +318,7 @@ def test_learned_tensors_follow_the_live_learning_rate() -> None:
     steps = []
     for lr in (0.1, 0.3):
         model = Toy()
-        optimizer = wrapped(model, "uw", lr=0.1)
+        optimizer = wrapped(model, PUBLISHED["uw"], lr=0.1)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step(model.losses())
         steps.append(learned(optimizer, "log_variance"))
@@ -326,7 +327,7 @@ def test_learned_tensors_follow_the_live_learning_rate() -> None:
 
 def test_learned_lr_takes_the_place_of_the_live_one() -> None:
     model = Toy()
-    optimizer = wrapped(model, "uw", lr=0.1, learned_lr=0.4)
+    optimizer = wrapped(model, PUBLISHED["uw"], lr=0.1, learned_lr=0.4)
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.5
     losses = torch.stack(model.losses()).detach()
@@ -336,7 +337,7 @@ def test_learned_lr_takes_the_place_of_the_live_one() -> None:
 
 def test_learned_tensors_wait_for_the_step() -> None:
     model = Toy()
-    optimizer = wrapped(model, "uw")
+    optimizer = wrapped(model, PUBLISHED["uw"])
     optimizer.backward(model.losses())
     assert not learned(optimizer, "log_variance").any()
     optimizer.step()
@@ -348,7 +349,7 @@ def test_learned_tensors_wait_for_the_step() -> None:
 
 def test_zero_grad_clears_what_learned_tensors_wait_for() -> None:
     model = Toy()
-    optimizer = wrapped(model, "uw")
+    optimizer = wrapped(model, PUBLISHED["uw"])
     optimizer.backward(model.losses())
     optimizer.zero_grad()
     optimizer.step()
@@ -360,7 +361,7 @@ def test_the_models_own_zero_grad_clears_them_with_the_next_backward() -> None:
     found = []
     for batches in ((0, 1), (1,)):
         model = Toy()
-        optimizer = wrapped(model, "uw")
+        optimizer = wrapped(model, PUBLISHED["uw"])
         for batch in batches:
             model.zero_grad()
             optimizer.backward(model.losses(batch))
