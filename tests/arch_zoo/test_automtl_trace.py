@@ -41,7 +41,9 @@ def targets(traced: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "MobileNetV2")) for n in BACKBONES]
+)
 def test_backbones_are_traced_into_their_layers(name: str) -> None:
     model = backbone(name)
     traced = trace(model, pictures())

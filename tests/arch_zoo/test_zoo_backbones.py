@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ from arch_zoo.inputs import call
 
 MATRIX = [(a, b) for a in ARCHITECTURES for b in BACKBONES if (a, b) not in GAPS]
 every = pytest.mark.parametrize(("architecture", "name"), MATRIX)
+TURN = {*zip(ARCHITECTURES, cycle(BACKBONES)), *zip(cycle(ARCHITECTURES), BACKBONES)}
+in_turn = pytest.mark.parametrize(
+    ("architecture", "name"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in TURN)) for pair in MATRIX],
+)
 close = torch.testing.assert_close
 
 
@@ -67,7 +73,7 @@ def test_forward_and_task_sets(architecture: str, name: str) -> None:
     assert {n: sets[n] for n in names} == {n: frozenset(tasks) for n, tasks in found.items()}
 
 
-@every
+@in_turn
 def test_a_batch_per_task(architecture: str, name: str) -> None:
     model, backbone = build(architecture, name).eval(), BACKBONES[name]
     xs = {task: backbone.x(3 + i, i) for i, task in enumerate(TASKS)}
@@ -80,18 +86,14 @@ def test_a_batch_per_task(architecture: str, name: str) -> None:
 EXPORTED = [(a, b) for a, b in MATRIX if b != "graphs"]  # which is no input that a graph may have
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "name"), EXPORTED)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair != ("MMoE", "BERT")))
+        for pair in EXPORTED
+    ],
+)
 def test_exports_with_any_number_of_examples(architecture: str, name: str) -> None:
-    export_and_compare(architecture, name)
-
-
-@pytest.mark.parametrize(("architecture", "name"), [("PLE", "table"), ("MMoE", "BERT")])
-def test_exports(architecture: str, name: str) -> None:
-    export_and_compare(architecture, name)
-
-
-def export_and_compare(architecture: str, name: str) -> None:
     model, backbone = build(architecture, name).eval(), BACKBONES[name]
     x, named = backbone.x(4, 1), backbone.named(4, 1)
     shapes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, (x, named))
