@@ -268,7 +268,8 @@ def test_the_backbones_own_error_is_not_hidden() -> None:
         ),
         (
             (nn.ReLU(), [1.0]),
-            "trace: `example` must be a tensor whose first axis is the batch, got list.",
+            "trace: `example` must be a tensor whose first axis is the batch, or a dict of such, "
+            "got list.",
         ),
         (
             (nn.ReLU(), X, [nn.ReLU()]),
