@@ -26,7 +26,7 @@ from gradbal.lab.training.loop import ALONE, Tasks
 from gradbal.lab.training.summary import main_delta_m, main_figures
 
 CHOSEN = "split chosen on validation"
-FITTING = "split of equal size, chosen on validation"  # or of a smaller one
+FITTING = "split at most as large, chosen on validation"  # as AutoMTL's network
 GROUPS = {SHUFFLED: "shuffled policies", SKIPPING: "random policies with equal skips"}
 BETTER = (FOUND, COSTS, AFFINITY)  # which might beat a split
 LETTERS = "sc-"  # of the branches: shared, a copy, skipped
@@ -129,7 +129,7 @@ propose is trained once for each seed.
 
 - **split at k**: all tasks share the first k operators and have copies of the others. There is no
   search; the last split is hard sharing. Two lines choose k by the validation figures, for each
-  seed: among all, and among networks of at most the size of AutoMTL's within 3 %.
+  seed: among all, and among networks that are at most as large as AutoMTL's, within 3 %.
 - **{WIDE}**: hard sharing, with all channels widened to the number of parameters of AutoMTL's
   network.
 - **AutoMTL**: the search with the published regulariser, `policy_weight` 0.01; then with other
@@ -283,7 +283,7 @@ def draw(studies: Mapping[tuple[str, str], Study], path: Path) -> None:
     networks owe to a seed is left out.
     """
     rows, columns = -(-len(studies) // 2), min(2, len(studies))
-    figure = new_figure(7.5 * columns, 5.5 * rows)
+    figure = new_figure(8 * columns, 5 * rows + 1.5)  # the legend is below
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel, ((name, rule), study) in zip(panels.flat, studies.items(), strict=False):
         results = study.results
@@ -293,7 +293,7 @@ def draw(studies: Mapping[tuple[str, str], Study], path: Path) -> None:
         for number, point in enumerate(points):
             panel.annotate(str(number), point, textcoords="offset points", xytext=(4, 4))
         others = [method for method in order(study) if method not in (ALONE, *study.splits)]
-        for mark, method in zip(MARKS, others, strict=False):
+        for mark, method in zip(f"{MARKS}<>", others, strict=True):
             x, y = _place(study, method)
             half = None
             if method != FOUND:
@@ -304,7 +304,7 @@ def draw(studies: Mapping[tuple[str, str], Study], path: Path) -> None:
         panel.set(title=f"{name}, {rule}", xlabel="thousand parameters", ylabel="Delta_m %")
         tidy(panel)
     handles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3)
+    figure.legend(*handles, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100)
 
 
