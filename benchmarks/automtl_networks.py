@@ -283,41 +283,31 @@ def affinities(
         inputs, targets = next(batches)
         if step % EVERY == 0:
             outputs = model.decode(model.encode(inputs, choices=everything))
-            gradients = {
-                task: torch.autograd.grad(
-                    losses[task](output, targets[task]),
-                    [p for module in operators for p in module.parameters()],
-                    retain_graph=True,
-                )
-                for task, output in outputs.items()
-            }
-            looks.append(_cosines(operators, gradients))
+            found = {task: losses[task](output, targets[task]) for task, output in outputs.items()}
+            looks.append(_cosines(operators, found))
         train_step(model, losses, optimizer, (inputs, targets), choices=everything)
     return {task: torch.stack([look[task] for look in looks]).mean(0) for task in model.tasks}
 
 
-def _cosines(
-    operators: Sequence[nn.Module], gradients: Mapping[str, Sequence[Tensor]]
-) -> dict[str, Tensor]:
+def _cosines(operators: Sequence[nn.Module], losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return for each task and operator the cosine of its gradient and the sum of the others'."""
-    counts = [len([*module.parameters()]) for module in operators]
-    flat = {
-        task: [
-            torch.cat([next(some).flatten() for _ in range(count)])
-            for some in [iter(found)]
-            for count in counts
-        ]
-        for task, found in gradients.items()
+    parameters = [parameter for module in operators for parameter in module.parameters()]
+    sizes = [size_of(module) for module in operators]
+    gradients = {
+        task: torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
+        ).split(sizes)
+        for task, loss in losses.items()
     }
-    total = [sum(rows) for rows in zip(*flat.values(), strict=True)]
+    totals = [torch.stack(rows).sum(0) for rows in zip(*gradients.values(), strict=True)]
     return {
         task: torch.stack(
             [
-                functional.cosine_similarity(row, whole - row, dim=0)
-                for row, whole in zip(rows, total, strict=True)
+                functional.cosine_similarity(row, total - row, dim=0)
+                for row, total in zip(rows, totals, strict=True)
             ]
         )
-        for task, rows in flat.items()
+        for task, rows in gradients.items()
     }
 
 
