@@ -16,6 +16,7 @@ from gradbal.lab.training.summary import main_delta_m, main_figures
 
 FOUND, RANDOM = "AutoMTL", "random "
 CHANCE = "random policies"  # of equal size, taken together
+GROUPS = {RANDOM: CHANCE}
 ALIKE = 2  # how many more skips still count as alike
 BySeed = dict[int, list[Any]]  # records, of all tasks or all random policies of a seed
 
@@ -28,15 +29,24 @@ class Results:
         problem: Its name.
         rule: Its name.
         tasks: The tasks of the problem.
+        groups: Names under which methods count together, by how they begin.
     """
 
-    def __init__(self, records: Sequence[Any], problem: str, rule: str, tasks: Tasks) -> None:
+    def __init__(
+        self,
+        records: Sequence[Any],
+        problem: str,
+        rule: str,
+        tasks: Tasks,
+        groups: Mapping[str, str] = GROUPS,
+    ) -> None:
         self.tasks = tasks
         self.found: dict[str, BySeed] = {}
         for record in records:
             cell = record.cell
             if cell.problem == problem and (cell.rule == rule or cell.method == ALONE):
-                name = CHANCE if cell.method.startswith(RANDOM) else cell.method
+                starts = (start for start in groups if cell.method.startswith(start))
+                name = groups.get(next(starts, ""), cell.method)
                 self.found.setdefault(name, {}).setdefault(cell.seed, []).append(record)
         self.alone = {
             seed: {t: figures for record in some for t, figures in record.test.items()}
@@ -99,7 +109,10 @@ policy draws the branch of every operator and task by chance, among policies who
 parameters of the one that AutoMTL found within 3 %; there are {options.policies} for each seed and
 rule, of which the mean counts. They start from the weights that AutoMTL's network starts from, the
 other methods from weights drawn alike. Where they choose other branches than AutoMTL, which stands
-below each table, a difference may be one of how much is skipped, not of where.
+below each table, a difference may be one of how much is skipped, not of where. So random policies
+are the least that a search must beat; [the controls](automtl_controls.md) compare it with networks
+that are split by hand, with random policies that skip as often, and with a search on permuted
+labels.
 
 Delta_m is the mean change for the worse against each task alone with the same seed, in percent:
 lower is better. ± is Student's 95 % interval over {len(options.seeds)} seeds; the last column is
@@ -115,6 +128,7 @@ def table(results: Results) -> str:
     for method in results.found:
         deltas = dict.fromkeys(results.alone, 0.0) if method == ALONE else results.deltas(method)
         figures = (results.figures(method, task).values() for task in results.tasks)
+        less = Paired.of(results.deltas(FOUND), deltas).less
         lines.append(
             [
                 "one for each task" if method == ALONE else method,
@@ -122,7 +136,7 @@ def table(results: Results) -> str:
                 *(Interval.of([*some]).shown(".3f") for some in figures),
                 f"{results.cost(method, 'parameters') / 1e3:.1f} k",
                 f"{results.cost(method, 'operations') / 1e6:.2f} M",
-                "" if method == FOUND else _shown(Paired.of(results.deltas(FOUND), deltas).less),
+                "" if method == FOUND else shown_where_clear(less),
             ]
         )
     return markdown_table(lines)
@@ -143,9 +157,11 @@ def verdict(results: Results) -> str:
         for seed, some in results.found[CHANCE].items()
         for record in some
     ]
+    theirs, ours = (_skipped(results.found[method]) for method in (CHANCE, FOUND))
     return (
         f"{words}: {paired.less.shown('+.1f')} (p = {paired.p:.2g}). "
-        f"It is better than {sum(beaten)} of {len(beaten)} of them."
+        f"It is better than {sum(beaten)} of {len(beaten)} of them. Of the operators, random "
+        f"policies skip {100 * theirs:.0f} % and AutoMTL {100 * ours:.0f} %."
     )
 
 
@@ -165,6 +181,13 @@ def by_skips(results: Results) -> str:
         f"{alike} policies that skip at most {ALIKE} times more than it, and {others} that skip "
         "more often."
     )
+
+
+def _skipped(some: BySeed) -> float:
+    """Return the share of operators that policies skip."""
+    policies = [record.policy for record in chain.from_iterable(some.values())]
+    branches = [branch for policy in policies for rows in policy.values() for branch in rows]
+    return branches.count(2) / len(branches)
 
 
 def _skips(record: Any) -> int:
@@ -208,6 +231,7 @@ def draw(everything: Mapping[tuple[str, str], Results], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _shown(less: Interval) -> str:
+def shown_where_clear(less: Interval) -> str:
+    """Write a difference, bold where it is clear."""
     text = less.shown("+.1f")
     return f"**{text}**" if less.clear else text

@@ -6,6 +6,7 @@ far, so that depth can be seen; colours are random and say nothing. A second of 
 thousands.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -26,13 +27,15 @@ COUNTS = (1200, 300, 600)  # scenes for training, validation and test
 WIDTHS = (8, 16, 24)  # channels of a map of full, half and quarter size
 
 
-def load(seed: int, counts: tuple[int, int, int] = COUNTS) -> Problem:
+def load(seed: int, counts: tuple[int, int, int] = COUNTS, width: float = 1.0) -> Problem:
     """Draw the scenes; the same seed draws the same ones.
 
     Args:
         seed: Of the scenes.
         counts: Scenes for training, validation and test.
+        width: Factor of the channels of the network.
     """
+    widths = tuple(round(width * channels) for channels in WIDTHS)
     generator = Generator().manual_seed(seed)
     train, validation, test = (scenes(count, generator) for count in counts)
     return Problem(
@@ -44,10 +47,10 @@ def load(seed: int, counts: tuple[int, int, int] = COUNTS) -> Problem:
         train=train,
         validation=validation,
         test=test,
-        stages=stages(),
+        stages=stages(widths),
         heads={
-            "segmentation": partial(_head, SHAPES + 1, 0.0),
-            "depth": partial(_head, 1, (NEAR + FAR) / 2),
+            "segmentation": partial(_head, widths[0], SHAPES + 1, 0.0),
+            "depth": partial(_head, widths[0], 1, (NEAR + FAR) / 2),
         },
         batch=16,
     )
@@ -88,9 +91,13 @@ def scenes(n: int, generator: Generator) -> Examples:
     return Examples(images, {"segmentation": classes, "depth": depth})
 
 
-def stages() -> tuple[partial[nn.Module], ...]:
-    """Return makers of the parts of a network, two down and two up, with a map of full size."""
-    full, half, quarter = WIDTHS
+def stages(widths: Sequence[int] = WIDTHS) -> tuple[partial[nn.Module], ...]:
+    """Return makers of the parts of a network, two down and two up, with a map of full size.
+
+    Args:
+        widths: Channels of a map of full, half and quarter size.
+    """
+    full, half, quarter = widths
     return (
         partial(_stage, (3, full), 1),
         partial(_stage, (full, half, half), 2),
@@ -110,9 +117,8 @@ def _stage(channels: tuple[int, ...], scale: float) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _head(outputs: int, start: float) -> nn.Module:
+def _head(full: int, outputs: int, start: float) -> nn.Module:
     """Return a head whose outputs start around a value: far from it, its units would die."""
-    full = WIDTHS[0]
     last = nn.Conv2d(full, outputs, 1)
     nn.init.constant_(last.bias, start)  # type: ignore[arg-type]  # it has one
     return nn.Sequential(nn.Conv2d(full, full, 3, 1, 1), nn.ReLU(), last)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
 
 from arch_zoo.automtl.costs import Cost, model_cost
 from arch_zoo.automtl.operators import Operator, PerTask, is_norm
@@ -116,7 +117,9 @@ def add_branches(
 def _skips(
     module: nn.Module, call: fx.Node, tasks: Sequence[str], skip: str
 ) -> dict[str, nn.Module]:
-    before, after = _example(call.all_input_nodes[0]), _example(call)
+    before, after = call.all_input_nodes[0].meta["tensor_meta"], _example(call)
+    if not isinstance(before, TensorMetadata):  # a dict, for which no average can stand
+        return {}
     made = {task: skip_of(module, before.shape, after.shape, skip) for task in tasks}
     return {task: found for task, found in made.items() if found is not None}
 
@@ -153,7 +156,7 @@ def make_policy(
     legal, costs = [], []
     for index, node in enumerate(operators.values()):
         branches = parts[index].branches(tasks[0])
-        before = _example(node.all_input_nodes[0])
+        before = node.all_input_nodes[0].meta["tensor_meta"]
         legal.append([branch is not None for branch in branches])
         costs.append([_cost(branch, before) for branch in branches])
     sizes, operations = torch.tensor(costs).unbind(dim=-1)
@@ -176,10 +179,21 @@ def _is_any(node: fx.Node, module: nn.Module) -> bool:
     return True
 
 
-def _cost(branch: nn.Module | None, before: TensorMetadata) -> Cost:
-    """Return what a branch costs on one such example, nothing if there is no branch."""
+def _cost(branch: nn.Module | None, before: Any) -> Cost:
+    """Return what a branch costs on one such example, nothing if there is no branch.
+
+    Args:
+        branch: Is called.
+        before: Shape and type of the tensor that it takes, or a dict of these.
+    """
     if branch is None:
         return Cost(0, 0)
     device = next(branch.parameters(), torch.zeros(())).device
-    zeros = torch.zeros(1, *before.shape[1:], dtype=before.dtype, device=device)
-    return model_cost(branch, zeros)
+
+    def zeros(known: TensorMetadata) -> Tensor:
+        return torch.zeros(1, *known.shape[1:], dtype=known.dtype, device=device)
+
+    def is_leaf(known: object) -> bool:
+        return isinstance(known, TensorMetadata)
+
+    return model_cost(branch, pytree.tree_map(zeros, before, is_leaf=is_leaf))

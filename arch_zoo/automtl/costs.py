@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from arch_zoo.inputs import Inputs
@@ -91,8 +92,8 @@ def _first(example: Inputs) -> Inputs:
     if isinstance(example, Tensor):
         return example[:1]
     # tasks that were given one and the same batch are to share a pass still
-    parts = {id(batch): batch[:1] for batch in example.values()}
-    return {task: parts[id(batch)] for task, batch in example.items()}
+    parts: dict[int, Tensor] = {}
+    return pytree.tree_map(lambda batch: parts.setdefault(id(batch), batch[:1]), example)
 
 
 def _entries(module: nn.Module) -> int:

@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from arch_zoo.automtl.normal_form import DROPOUTS
 from arch_zoo.automtl.tracer import Event, Refusal, first_line, refusal
+from arch_zoo.inputs import Inputs
 
 SEEDS = range(3)  # of the passes in training mode; a branch drawn at random differs in some
 MORE = 32  # positions by which the second size is larger; a multiple that most networks divide by
@@ -45,7 +47,7 @@ def same_in_both_modes(
 
 
 def same_as_original(
-    backbone: nn.Module, traced: fx.GraphModule, example: Tensor, events: Sequence[Event]
+    backbone: nn.Module, traced: fx.GraphModule, example: Inputs, events: Sequence[Event]
 ) -> None:
     """Compare trace and backbone at every module, in both modes and at several sizes.
 
@@ -73,7 +75,8 @@ def same_as_original(
                 found = _interpreted(copy, events, x)
             path = first_difference(found, wanted, _close)
             if path is not None:
-                size = "x".join(str(n) for n in x.shape)
+                shapes = [value.shape for value in pytree.tree_leaves(x)]
+                size = " and ".join("x".join(str(n) for n in shape) for shape in shapes)
                 mode = "training" if training else "evaluation"
                 what = f"computes something else than its trace in {mode} mode, on {size} numbers"
                 raise _refusal(backbone, path, what)
@@ -123,7 +126,7 @@ class _Interpreter(fx.Interpreter):
         return result
 
 
-def _interpreted(traced: fx.GraphModule, events: Sequence[Event], x: Tensor) -> Record:
+def _interpreted(traced: fx.GraphModule, events: Sequence[Event], x: Inputs) -> Record:
     """Run the trace and return what its modules took and returned."""
     interpreter = _Interpreter(traced)
     interpreter.run(x)
@@ -134,7 +137,7 @@ def _interpreted(traced: fx.GraphModule, events: Sequence[Event], x: Tensor) -> 
     ]
 
 
-def _watched(original: nn.Module, events: Sequence[Event], x: Tensor) -> Record:
+def _watched(original: nn.Module, events: Sequence[Event], x: Inputs) -> Record:
     """Run the original and return what its modules took and returned, but for those in a leaf."""
     nodes = events[-1].nodes
     leaves = tuple(f"{node.target}." for node in nodes if node.op == "call_module")
@@ -171,29 +174,33 @@ def _watched(original: nn.Module, events: Sequence[Event], x: Tensor) -> Record:
 
 
 @contextmanager
-def _pass(module: nn.Module, x: Tensor, training: bool, seed: int) -> Iterator[None]:
+def _pass(module: nn.Module, x: Inputs, training: bool, seed: int) -> Iterator[None]:
     """Set mode and seed; leave the generators as they were."""
     module.train(training)
     state = random.getstate()
     random.seed(seed)
     try:
-        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        devices = {value.device for value in pytree.tree_leaves(x) if value.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             yield
     finally:
         random.setstate(state)
 
 
-def _inputs(example: Tensor) -> Iterator[tuple[Tensor, range]]:
+def _inputs(example: Inputs) -> Iterator[tuple[Inputs, range]]:
     """Yield the example, one more picture, and larger pictures, each with seeds to try."""
     yield example, SEEDS
-    yield torch.cat([example, example[:1]]), SEEDS[:1]
-    larger = example
-    for axis in range(2, example.ndim):
-        n = example.shape[axis]
-        positions = torch.arange(n + MORE, device=example.device) % n
-        larger = larger.index_select(axis, positions)
-    yield larger, SEEDS[:1]
+    yield pytree.tree_map(lambda x: torch.cat([x, x[:1]]), example), SEEDS[:1]
+    yield pytree.tree_map(_larger, example), SEEDS[:1]
+
+
+def _larger(x: Tensor) -> Tensor:
+    """Return a batch with more positions, which repeat the old ones."""
+    for axis in range(2, x.ndim):
+        n = x.shape[axis]
+        x = x.index_select(axis, torch.arange(n + MORE, device=x.device) % n)
+    return x
 
 
 def _close(one: Any, other: Any) -> bool:

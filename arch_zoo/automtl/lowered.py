@@ -52,7 +52,7 @@ class Lowered(MultiTaskModel):
             if node.op in ("call_module", "get_attr"):
                 yield attrgetter(str(node.target))(self.network), tasks
 
-    def _encode(self, tasks: tuple[str, ...], x: Tensor, **named: Inputs) -> Features:
+    def _encode(self, tasks: tuple[str, ...], x: Inputs, **named: Inputs) -> Features:
         if len(tasks) == len(self.streams):
             given = (x, named) if self.takes_named else (x,)
             return Features(shared=(), per_task=self.network(*given), aux={})

@@ -5,6 +5,7 @@ from copy import deepcopy
 from functools import partial
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from arch_zoo.automtl.branching import Searchable, add_branches, find_operators, make_policy
 from arch_zoo.automtl.lowered import Lowered
@@ -34,7 +35,7 @@ class AutoMTL(MultiTaskModel):
         backbone: A convolutional network that `torch.fx` traces, or a list of blocks of any kind,
             to be searched as wholes with the norms inside them. It is copied.
         heads: One module per task, which reads the backbone's output.
-        example_input: A batch of the usual kind.
+        example_input: A batch of the usual kind, a tensor or a dict of tensors.
         searchable: Says of a call in the traced network and its module whether to search it; by
             default convolutions with more than one position, or all blocks of a list. Where the
             convolutions hold less than half of the parameters, linear layers and modules of
@@ -77,7 +78,7 @@ class AutoMTL(MultiTaskModel):
         self,
         backbone: nn.Module | Sequence[nn.Module],
         heads: Heads,
-        example_input: Tensor,
+        example_input: Inputs,
         *,
         searchable: Searchable | None = None,
         norm: str = "shared",
@@ -110,7 +111,7 @@ class AutoMTL(MultiTaskModel):
             "specific" in branches,
         )
         policy = make_policy(traced, self.streams, operators, self.network, tau)
-        self.policy = policy.to(example_input.device)
+        self.policy = policy.to(pytree.tree_leaves(example_input)[0].device)
         self.regulariser = DepthWeighted() if regulariser is None else regulariser
 
     def encode(
@@ -187,17 +188,17 @@ class AutoMTL(MultiTaskModel):
         yield from (part.shared for part in self.network.children() if isinstance(part, Operator))
 
     def _encode(
-        self, choices: Choices, tasks: tuple[str, ...], x: Tensor, **named: Inputs
+        self, choices: Choices, tasks: tuple[str, ...], x: Inputs, **named: Inputs
     ) -> Features:
         per_task = {name: self.network(x, choices[name], Pass(name, named)) for name in tasks}
         return Features(shared=(), per_task=per_task, aux={})
 
 
-def _check_numbers(backbone: nn.Module | Sequence[nn.Module], example: Tensor) -> None:
+def _check_numbers(backbone: nn.Module | Sequence[nn.Module], example: Inputs) -> None:
     """Raise on the meta device, where a trace cannot be compared with its network."""
     parts = [backbone] if isinstance(backbone, nn.Module) else backbone
     known = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
-    if getattr(example, "is_meta", False) or any(p.is_meta for p in known):
+    if any(getattr(x, "is_meta", False) for x in (*known, *pytree.tree_leaves(example))):
         raise ValueError(
             "AutoMTL: `backbone` and `example_input` must hold numbers, got tensors on the meta "
             "device. Build the model on another one and move it."

@@ -6,15 +6,17 @@ from copy import deepcopy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 
 from arch_zoo.automtl.guards import same_as_original, same_in_both_modes
 from arch_zoo.automtl.normal_form import normalise
 from arch_zoo.automtl.tracer import RecordingTracer, refusal
+from arch_zoo.inputs import Inputs
 
 
 def trace(
     backbone: nn.Module | Sequence[nn.Module],
-    example: Tensor,
+    example: Inputs,
     leaves: Collection[type[nn.Module]] = (),
 ) -> fx.GraphModule:
     """Record a backbone as a graph in which nothing writes in place, and make sure that it is true.
@@ -24,9 +26,11 @@ def trace(
     dropout becomes a module. Backbone and random generators are left as they are.
 
     Args:
-        backbone: Takes one tensor, with defaults for all else, and returns one. A list of blocks
-            is a chain whose blocks stay whole, whatever they do.
-        example: A batch for it, shape ``[batch, ...]``; one or two examples of it will do.
+        backbone: Takes one tensor or one dict of tensors, which it reads by their names, with
+            defaults for all else, and returns one tensor. A list of blocks is a chain whose blocks
+            stay whole, whatever they do.
+        example: A batch for it, shape ``[batch, ...]``, or a dict of such; one or two examples of
+            it will do.
         leaves: Further classes of modules that stay whole.
 
     Returns:
@@ -83,11 +87,12 @@ def _joined(backbone: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, bool]
     )
 
 
-def _check(example: Tensor, leaves: Collection[type[nn.Module]]) -> None:
-    if not isinstance(example, Tensor) or not example.ndim:
+def _check(example: Inputs, leaves: Collection[type[nn.Module]]) -> None:
+    held = pytree.tree_leaves(example) if isinstance(example, Tensor | dict) else []
+    if not held or not all(isinstance(x, Tensor) and x.ndim for x in held):
         raise TypeError(
-            "trace: `example` must be a tensor whose first axis is the batch, got "
-            f"{type(example).__name__}."
+            "trace: `example` must be a tensor whose first axis is the batch, or a dict of such, "
+            f"got {type(example).__name__}."
         )
     for leaf in leaves:
         if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):

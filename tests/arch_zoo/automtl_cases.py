@@ -1,7 +1,9 @@
 """Supermodels of small backbones, and choices for them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -24,7 +26,23 @@ def heads(tasks: Sequence[str] = "abc") -> dict[str, nn.Module]:
 
 
 def build(name: str = "ResNet", tasks: Sequence[str] = "abc", **options: object) -> AutoMTL:
-    """Return a seeded supermodel without stochastic depth, in float64."""
+    """Return a seeded supermodel without stochastic depth, in float64.
+
+    Tracing takes most of the time, so those without options of their own are copies.
+    """
+    if options.keys() <= {"norm"}:
+        model = deepcopy(_kept(name, tuple(tasks), str(options.get("norm", "shared"))))
+        torch.manual_seed(0)
+        return model
+    return _built(name, tasks, options)
+
+
+@cache
+def _kept(name: str, tasks: tuple[str, ...], norm: str) -> AutoMTL:
+    return _built(name, tasks, {"norm": norm})
+
+
+def _built(name: str, tasks: Sequence[str], options: Mapping[str, object]) -> AutoMTL:
     network = backbone(name).double()
     for module in network.modules():
         if isinstance(module, StochasticDepth):

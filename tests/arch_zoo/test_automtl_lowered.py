@@ -198,8 +198,9 @@ def test_statistics_of_tasks_that_have_parted_are_apart(norm: str) -> None:
     assert set(norm_calls.values()) == {1}
 
 
-def test_lowering_repeats_and_changes_nothing() -> None:
-    model = build("EfficientNet")
+@each
+def test_lowering_repeats_and_changes_nothing(name: str) -> None:
+    model = build(name)
     before = copy.deepcopy(model.state_dict())
     code = model.network.code
     first, second = (model.lower(drawn(model, 3)) for _ in range(2))

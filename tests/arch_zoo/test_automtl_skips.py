@@ -16,7 +16,7 @@ def made(conv: nn.Module, skip: str = "geometry") -> nn.Module | None:
     return skip_of(conv, shape, conv(torch.zeros(shape)).shape, skip)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     kernel=SMALL,
     stride=SMALL,

@@ -41,7 +41,9 @@ def targets(traced: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "MobileNetV2")) for n in BACKBONES]
+)
 def test_backbones_are_traced_into_their_layers(name: str) -> None:
     model = backbone(name)
     traced = trace(model, pictures())
@@ -266,7 +268,8 @@ def test_the_backbones_own_error_is_not_hidden() -> None:
         ),
         (
             (nn.ReLU(), [1.0]),
-            "trace: `example` must be a tensor whose first axis is the batch, got list.",
+            "trace: `example` must be a tensor whose first axis is the batch, or a dict of such, "
+            "got list.",
         ),
         (
             (nn.ReLU(), X, [nn.ReLU()]),

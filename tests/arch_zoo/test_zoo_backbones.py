@@ -41,10 +41,20 @@ from arch_zoo.inputs import call
 
 MATRIX = [(a, b) for a in ARCHITECTURES for b in BACKBONES if (a, b) not in GAPS]
 every = pytest.mark.parametrize(("architecture", "name"), MATRIX)
+TURN = {
+    (architecture, name)  # every third pair: each architecture on two backbones at least
+    for i, architecture in enumerate(ARCHITECTURES)
+    for j, name in enumerate(BACKBONES)
+    if (i + j) % 3 == 0
+}
+in_turn = pytest.mark.parametrize(
+    ("architecture", "name"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in TURN)) for pair in MATRIX],
+)
 close = torch.testing.assert_close
 
 
-@every
+@in_turn
 def test_forward_and_task_sets(architecture: str, name: str) -> None:
     model, backbone = build(architecture, name), BACKBONES[name]
     x, named = backbone.x(4, 1), backbone.named(4, 1)
@@ -67,7 +77,7 @@ def test_forward_and_task_sets(architecture: str, name: str) -> None:
     assert {n: sets[n] for n in names} == {n: frozenset(tasks) for n, tasks in found.items()}
 
 
-@every
+@in_turn
 def test_a_batch_per_task(architecture: str, name: str) -> None:
     model, backbone = build(architecture, name).eval(), BACKBONES[name]
     xs = {task: backbone.x(3 + i, i) for i, task in enumerate(TASKS)}
@@ -83,15 +93,6 @@ EXPORTED = [(a, b) for a, b in MATRIX if b != "graphs"]  # which is no input tha
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "name"), EXPORTED)
 def test_exports_with_any_number_of_examples(architecture: str, name: str) -> None:
-    export_and_compare(architecture, name)
-
-
-@pytest.mark.parametrize(("architecture", "name"), [("PLE", "table"), ("MMoE", "BERT")])
-def test_exports(architecture: str, name: str) -> None:
-    export_and_compare(architecture, name)
-
-
-def export_and_compare(architecture: str, name: str) -> None:
     model, backbone = build(architecture, name).eval(), BACKBONES[name]
     x, named = backbone.x(4, 1), backbone.named(4, 1)
     shapes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, (x, named))
@@ -259,7 +260,7 @@ def test_a_layout_that_does_not_fit_is_an_error() -> None:
 
 def test_automtl_says_what_it_cannot_take() -> None:
     with pytest.raises(TypeError, match=r"^trace: `example` must be a tensor whose first axis"):
-        build("AutoMTL", "table")
+        build("AutoMTL", "graphs")
     heads = {task: Head(n, "NLC") for task, n in TASKS.items()}
     parts = BACKBONES["ViT"].stages()
     with pytest.raises(
@@ -280,6 +281,41 @@ def test_a_network_found_by_a_search_heeds_the_mask() -> None:
     close(lowered(other, **named), expected)
     assert not torch.allclose(lowered(x)["a"], expected["a"])
     close(pickle.loads(pickle.dumps(lowered))(x, **named), expected)
+
+
+class Table(nn.Module):
+    """Reads a dict by its names, and takes the ids only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.dense = nn.Embedding(10, 8), nn.Linear(3, 8)
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = self.users(batch["user"]) + self.dense(batch["dense"])
+        return x + self.second(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_search_traces_a_network_that_reads_a_dict() -> None:
+    torch.manual_seed(0)
+    network, table = Table(), BACKBONES["table"].x
+    model = AutoMTL(network, {t: nn.Linear(8, n) for t, n in TASKS.items()}, table(2, 0))
+    assert model.operators == ("dense", "first", "second")
+    assert model.policy.operations[:, 0].tolist() == [24, 256, 256]
+    rows = {"a": torch.eye(3)[[0, 0, 1]], "b": torch.eye(3)[[0, 1, 0]]}
+    lowered, x = model.lower(rows), table(5, 1)
+    close(lowered(x), model.decode(model.encode(x, choices=rows)))
+    close(lowered(PerTask(a=x, b=table(3, 2)))["b"], lowered(table(3, 2), ["b"])["b"])
+    shared = model.lower()
+    for task in TASKS:
+        close(shared(x)[task], shared.heads[task](network(x)))
+
+    class Loop(Table):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward({name: batch[name] for name in batch})
+
+    with pytest.raises(ValueError, match=r"^trace: the backbone \(Loop\) cannot be traced: Proxy"):
+        AutoMTL(Loop(), {t: nn.Linear(8, n) for t, n in TASKS.items()}, table(2, 0))
 
 
 def test_automtl_searches_linear_layers_where_they_hold_the_network() -> None:

@@ -317,7 +317,7 @@ def test_a_segnet_with_the_indices_of_its_pooling() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.slow] * (case not in ("CrossStitch", "DSelectK")))
+        pytest.param(case, marks=[pytest.mark.slow] * (case != "DSelectK"))
         for case in CASES
         if case.isidentifier()
     ],

@@ -1,7 +1,9 @@
 """Every architecture on every kind of input: a new architecture is one entry of `CASES`."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +151,13 @@ def choose(model: LearningToBranch, paths: dict[str, tuple[int, ...]]) -> None:
 
 def build(case: str, kind: str, seed: int = 0) -> MultiTaskModel:
     """Return a model of the table with seeded weights, sized by its first input."""
+    model = copy.deepcopy(_built(case, kind, seed))
+    torch.manual_seed(seed)
+    return model
+
+
+@cache
+def _built(case: str, kind: str, seed: int) -> MultiTaskModel:
     torch.manual_seed(seed)
     kit = Kit(kind)
     return CASES[case](kit).initialize(kit.x())

@@ -1,5 +1,6 @@
 """The problems, on tiny files of their layouts: what all of them promise, and what each does."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ from tiny import tiny
 from torch import Tensor, nn
 
 from gradbal import MTLOptimizer
-from gradbal.lab.models.architectures import build
-from gradbal.lab.models.encoders import Embedded, resnet18
+from gradbal.lab.models.encoders import Embedded, dilated_resnet50, resnet18
 from gradbal.lab.models.message_passing import MessagePassing
 from gradbal.lab.problems import PROBLEMS, census, dense, load, molecules, multi_mnist, qm8, qm9
 from gradbal.lab.problems.problem import Apart, Batch, Examples, Problem, Split, Stored
 from gradbal.lab.problems.splitting import in_deviations, standardised
+from gradbal.lab.training.loop import new_model
 
 PUBLISHED_SPLITS = ("census", "celeba")
 SIZES = {
@@ -46,14 +47,20 @@ CONVOLUTIONS = ("celeba", "cityscapes", "nyuv2", "office")  # large networks
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in CONVOLUTIONS)) for name in PROBLEMS],
+    ("name", "options"),
+    [
+        *(
+            pytest.param(name, {}, marks=[pytest.mark.slow] * (name in CONVOLUTIONS), id=name)
+            for name in PROBLEMS
+        ),
+        pytest.param("nyuv2", {"network": "resnet50"}, marks=pytest.mark.slow, id="nyuv2 resnet50"),
+    ],
 )
 def test_a_model_of_the_parts_learns_and_is_scored(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = tiny(name, tmp_path, monkeypatch)
-    model = build("HPS", problem.stages, {task: make() for task, make in problem.heads.items()})
+    problem = tiny(name, tmp_path, monkeypatch, **options)
+    model = new_model(problem, "HPS", problem.tasks)
     mtl_opt = MTLOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), "upgrad")
     batch = next(problem.train.batches(problem.batch, generator()))
     outputs = model(batch.inputs)
@@ -377,3 +384,42 @@ def test_a_residual_block_halves_the_picture_where_it_widens() -> None:
         x = stage(x)
         sizes.append(tuple(x.shape[1:]))
     assert sizes == [(64, 16, 16), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512,)]
+
+
+@pytest.mark.slow
+def test_a_dilated_network_sees_what_the_strided_one_does_between_its_positions() -> None:
+    torch.manual_seed(0)
+    dilated = nn.Sequential(*(stage() for stage in dilated_resnet50())).eval()
+    assert sum(param.numel() for param in dilated.parameters()) == 23_508_032  # as published
+    strided = copy.deepcopy(dilated)
+    for module in strided[3:].modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (1, 1)
+    for path in ("3.0.body.3", "3.0.around.0", "4.0.body.3", "4.0.around.0"):
+        strided.get_submodule(path).stride = (2, 2)  # type: ignore[assignment]  # of a convolution
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        seen, coarse = dilated(x), strided(x)
+    assert (seen.shape, coarse.shape) == ((1, 2048, 8, 12), (1, 2048, 2, 3))
+    torch.testing.assert_close(seen[..., ::4, ::4], coarse, rtol=1e-4, atol=1e-4)
+
+
+def test_scenes_may_be_read_by_a_dilated_network_with_heads_of_deeplab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = tiny("nyuv2", tmp_path, monkeypatch, network="resnet50")
+    assert problem.batch == 8
+    assert problem.published is not None
+    assert problem.published.batch == 8
+    x = torch.randn(2, 3, 32, 64)
+    for stage in problem.stages:
+        x = stage()(x)
+    outputs = {task: make()(x).shape for task, make in problem.heads.items()}
+    assert outputs == {
+        "segmentation": (2, 13, 32, 64),
+        "depth": (2, 1, 32, 64),
+        "normal": (2, 3, 32, 64),
+    }
+    expected = r"^nyuv2: `network` must be one of 'segnet', 'resnet50', got 'vgg'\.$"
+    with pytest.raises(ValueError, match=expected):
+        load("nyuv2", tmp_path, network="vgg")

@@ -58,16 +58,25 @@ def _level(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(*_convolution(inputs, outputs, 2), *_convolution(outputs, outputs, 1))
 
 
-def _features() -> nn.Module:
-    inputs = CHANNELS[-1] * -(-HEIGHT // 8) * -(-WIDTH // 8)
+def _features(channels: int) -> nn.Module:
+    inputs = channels * -(-HEIGHT // 8) * -(-WIDTH // 8)
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, FEATURES), nn.ReLU())
 
 
-STAGES: Stages = (
-    lambda: nn.Sequential(*_convolution(1, CHANNELS[0], 1)),
-    *(partial(_level, *pair) for pair in pairwise(CHANNELS)),
-    _features,
-)
+def stages(channels: Sequence[int] = CHANNELS) -> Stages:
+    """Return makers of seven convolutions and a layer of features.
+
+    Args:
+        channels: Of the first convolution, and of the two after each halving of the picture.
+    """
+    return (
+        lambda: nn.Sequential(*_convolution(1, channels[0], 1)),
+        *(partial(_level, *pair) for pair in pairwise(channels)),
+        partial(_features, channels[-1]),
+    )
+
+
+STAGES = stages()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 import torch
@@ -68,15 +69,40 @@ def resnet18() -> Stages:
     It starts from random weights, where published figures start from those of ImageNet.
     """
     return (
-        lambda: nn.Sequential(
-            nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.MaxPool2d(3, stride=2, padding=1),
-        ),
+        _stem,
         *(partial(_level, *pair) for pair in pairwise((64, 64, 128, 256, 512))),
         lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
+
+
+def dilated_resnet50() -> Stages:
+    """Return ResNet-50 for pictures with three channels; 2048 maps an eighth as large come out.
+
+    The last two levels are dilated and keep the size. It starts from random weights, where
+    published figures start from those of ImageNet.
+    """
+    return (
+        _stem,
+        partial(_bottlenecks, 64, 64, 3, 1, 1),
+        partial(_bottlenecks, 256, 128, 4, 2, 1),
+        partial(_bottlenecks, 512, 256, 6, 1, 2),
+        partial(_bottlenecks, 1024, 512, 3, 1, 4),
+    )
+
+
+def deeplab_head(outputs: int, scale: int = 8) -> Factory:
+    """Return a maker of heads of DeepLabv3, which enlarge their outputs by a factor.
+
+    They are those of arch_zoo, imported by name. A norm in them sees one position of each picture,
+    so training takes two pictures at least.
+    """
+
+    def make() -> nn.Module:
+        zoo = import_module("arch_zoo")
+        head: nn.Module = zoo.Resized(zoo.DeepLabHead(outputs), scale)
+        return head
+
+    return make
 
 
 class Residual(nn.Module):
@@ -100,6 +126,38 @@ class Residual(nn.Module):
         self.around = nn.Sequential()
         if stride > 1:
             self.around.append(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+            self.around.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.around(x))
+
+
+class Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1, and a way around them.
+
+    Args:
+        inputs: Channels that come in.
+        width: Channels of the 3 x 3 convolution; four times as many go out.
+        stride: Of the 3 x 3 convolution.
+        dilation: Of the 3 x 3 convolution.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.around = nn.Sequential()
+        if inputs != outputs:
+            self.around.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.around.append(nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,6 +202,22 @@ def _down(inputs: int, outputs: int) -> nn.Module:
 def _up(inputs: int, outputs: int) -> nn.Module:
     larger = nn.Upsample(scale_factor=2)
     return nn.Sequential(larger, _block(inputs, outputs), _block(outputs, outputs))
+
+
+def _stem() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+def _bottlenecks(inputs: int, width: int, blocks: int, stride: int, dilation: int) -> nn.Module:
+    """Return the blocks of a level, of which the first has the dilation of the level before."""
+    first = Bottleneck(inputs, width, stride, max(1, dilation // 2))
+    others = (Bottleneck(4 * width, width, 1, dilation) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)
 
 
 def _level(inputs: int, outputs: int) -> nn.Module:
