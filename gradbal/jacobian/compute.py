@@ -190,9 +190,8 @@ class Descent:
             segment = Segment(
                 top, params, True, bottom=bottom, numbers=numbers, structure=structure
             )
-            layers = self.planner.layers(segment, m)
-            segment = segment._replace(layers=layers, hooked=top is plan.cut)
-            apart = plan.sparse.union(numbers[i] for i in layers)
+            segment = self.planner.with_layers(segment, plan)._replace(hooked=plan.cut)
+            apart = plan.sparse.union(numbers[i] for i in segment.layers)
             arriving = sink.meet(numbers, apart, self.planner.crossing(segment, arriving))
         for _ in arriving:
             pass  # if there is no piece, the heads are yet to be gone through

@@ -53,16 +53,62 @@ def factored(segment: Segment, cotangents: Cotangents, *, crossing: Crossing) ->
     if not layers:
         yield from crossing(segment, cotangents)
         return
-    formed = [i for i in range(len(segment.params)) if i not in layers]
+    params, proof = segment.params, segment.proof
+    formed = [i for i in range(len(params)) if i not in layers]
+    formed += [i for i in layers if proof is not None and proof.is_open(params[i])]
     edges = [edge for layer in layers.values() for edge in layer.edges]
-    whole = segment._replace(params=[*(segment.params[i] for i in formed), *edges], layers={})
+    whole = segment._replace(params=[*(params[i] for i in formed), *edges], layers={})
     for tasks, found, below in crossing(whole, cotangents):
         row = dict(zip(formed, found, strict=False))
         outputs: Iterator[Any] = iter(found[len(formed) :])  # no products are among them
         for i, layer in layers.items():
             mine = [next(outputs) for _ in layer.edges]
-            row[i] = Product(layer, mine) if any(c is not None for c in mine) else None
-        yield Rows(tasks, [row[i] for i in range(len(segment.params))], below)
+            product = Product(layer, mine) if any(c is not None for c in mine) else None
+            if i not in row or proof.agrees(params[i], row[i], product, tasks):
+                row[i] = product
+        yield Rows(tasks, [row[i] for i in range(len(params))], below)
+
+
+class Proof:
+    """Compares, once for each parameter, products with the gradients that autograd forms.
+
+    They differ where a hook stands on what lies between a layer and its parameter (a view, a
+    transpose, a cast), of which nothing can be seen in the graph. Such parameters are formed.
+    """
+
+    def __init__(self) -> None:
+        self.verdicts: dict[int, bool] = {}  # by id of the parameter
+        self.tolerance = 0.0
+
+    def is_open(self, param: Tensor) -> bool:
+        """Say whether nothing is known of a parameter yet, in this pass or an earlier one."""
+        return id(param) not in self.verdicts
+
+    def refuses(self, param: Tensor) -> bool:
+        """Say whether a parameter's gradients must be formed."""
+        return not self.verdicts.get(id(param), True)
+
+    def agrees(
+        self,
+        param: Tensor,
+        grad: Tensor | Product | None,
+        product: Product | None,
+        tasks: int | slice,
+    ) -> bool:
+        """Compare the gradients of one task, or of several with a leading axis."""
+        if not isinstance(grad, Tensor) or product is None:
+            return not isinstance(grad, Tensor)
+        several = isinstance(tasks, slice)
+        pairs = zip(grad if several else [grad], range(len(grad)), strict=False)
+        for formed, i in pairs:
+            found = (product[i] if several else product).to_dense()
+            size = formed.abs().amax()
+            if bool((found - formed).abs().amax() > self.tolerance * size):
+                self.verdicts[id(param)] = False
+                return False
+            if bool(size > 0):
+                self.verdicts.setdefault(id(param), True)
+        return not self.refuses(param)
 
 
 def find_layers(

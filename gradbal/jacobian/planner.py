@@ -15,7 +15,8 @@ from gradbal.graph.losses import Batch
 from gradbal.graph.parameters import Roles
 from gradbal.graph.walk import unit_roundoff
 from gradbal.jacobian.autotune import ENGINES, Choices, Chooser
-from gradbal.jacobian.engines import Engine, Factored, Representation
+from gradbal.jacobian.engines import Engine, Factored, Representation, Sketched
+from gradbal.jacobian.factored import Proof
 from gradbal.jacobian.layers import Layer
 from gradbal.jacobian.pull import Crossing, Segment
 from gradbal.jacobian.representation import check_marks, watch
@@ -58,6 +59,7 @@ class Planner:
         self.log, self.seed = Log(), 0
         self.names: Sequence[str] = ()
         self.helps: dict[tuple[int, ...], bool] = {}
+        self.proof = Proof()
         self.hidden = False
         self.reached: Mapping[int, int] = {}
         self.roundoffs: dict[tuple[int, int], float] = {}  # by number of tasks and nodes
@@ -237,10 +239,20 @@ class Planner:
         params = [self.roles.params[number] for number in plan.trunk]
         structure = len(plan.tasks), len(plan.nodes), len(top)
         segment = Segment(top, params, retain_graph, numbers=plan.trunk, structure=structure)
-        return segment._replace(layers=self.layers(segment, len(plan.tasks)))
+        return self.with_layers(segment, plan)
+
+    def with_layers(self, segment: Segment, plan: Plan) -> Segment:
+        """Return a segment with the layers whose gradients are not to be formed."""
+        layers = self.layers(segment, len(plan.tasks))
+        if not layers or not self.reads or isinstance(self.engine, Sketched):
+            return segment._replace(layers=layers)
+        self.proof.tolerance = max(1e-5, 16 * plan.roundoff)
+        params, refuses = segment.params, self.proof.refuses
+        layers = {i: layer for i, layer in layers.items() if not refuses(params[i])}
+        return segment._replace(layers=layers, proof=self.proof)
 
     def layers(self, segment: Segment, n_tasks: int) -> Mapping[int, Layer]:
-        """Return the layers of a segment whose gradients are not to be formed, by position."""
+        """Return the layers of a segment that the engine would leave unformed, by position."""
         unknown = torch_private.missing()
         if self.alone and unknown is None:
             return self.engine.layers(segment, n_tasks, self.seed)

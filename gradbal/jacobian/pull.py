@@ -1,6 +1,6 @@
 """What a crossing takes and gives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,9 +25,11 @@ class Segment(NamedTuple):
         retain_graph: Whether the graph must survive the last task, too.
         layers: Tensors whose gradients need not be formed, by position.
         bottom: Edges at which it ends.
-        hooked: Whether what arrives at the top has been through the hooks on the tensors there.
+        hooked: Whether what arrives at the top has been through the hooks on the tensors there, or
+            at which edges of the top it has.
         numbers: Of the parameters, among all of the optimizer.
         structure: What tells graphs apart that are made in another way.
+        proof: Compares gradients that are not formed with formed ones; None for no comparison.
     """
 
     top: Boundary
@@ -35,9 +37,10 @@ class Segment(NamedTuple):
     retain_graph: bool
     layers: Mapping[int, Layer] = MappingProxyType({})
     bottom: Boundary = ()
-    hooked: bool = True
+    hooked: bool | Collection[GradientEdge] = True
     numbers: Sequence[int] = ()
     structure: object = None
+    proof: Any = None
 
 
 class Cotangent(NamedTuple):
@@ -119,26 +122,38 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
     hooks = [
         edge.node.register_prehook(partial(undo, i))
         for i, (edge, _) in enumerate(top)
-        if segment.hooked or isinstance(edge.node, BackwardCFunction)
+        if _is_hooked(segment, edge) or isinstance(edge.node, BackwardCFunction)
     ]
     edges = [(i, edge) for i, edge in enumerate(params) if isinstance(edge, GradientEdge)]
     hooks += [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
     ends = {edge.node: below for edge in bottom if (below := _below(edge.node)) is not None}
-    hooks += [node.register_prehook(_stop) for node in ends]
+
+    def go(stop: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+        stops = [node.register_prehook(stop) for node in ends]
+        try:
+            return torch.autograd.grad(
+                [edge for edge, _ in top],
+                [*params, *bottom, *ends.values()],
+                [cotangent for _, cotangent in top],
+                retain_graph=segment.retain_graph or not last or bool(ends),
+                allow_unused=True,
+            )
+        finally:
+            for handle in stops:
+                handle.remove()
+
     try:
-        grads = torch.autograd.grad(
-            [edge for edge, _ in top],
-            [*params, *bottom, *ends.values()],
-            [cotangent for _, cotangent in top],
-            retain_graph=segment.retain_graph or not last or bool(ends),
-            allow_unused=True,
-        )
+        grads = go(_stop)
+    except (AttributeError, TypeError):  # a user's hook under the bottom was given None
+        if not ends:
+            raise
+        grads = go(_stop_with_zeros)
     finally:
         for hook in hooks:
             hook.remove()
     n, found = len(params), dict(enumerate(grads)) | caught
     if segment.hooked:  # an edge of the top that is wanted itself is not always passed
-        given = {(e.node, e.output_nr): cotangent for e, cotangent in top}
+        given = {(e.node, e.output_nr): c for e, c in top if _is_hooked(segment, e)}
         found |= {i: given.get((e.node, e.output_nr), found[i]) for i, e in edges}
     held = [own_part(found[i], params[i]) for i in range(n)]
     return Pulled(held, [*grads[n : n + len(bottom)]])
@@ -146,6 +161,16 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
 
 def _stop(grads: Sequence[Tensor | None]) -> tuple[None, ...]:
     return (None,) * len(grads)
+
+
+def _stop_with_zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Stop as well, for hooks that need a tensor; the node computes with zeros."""
+    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+
+
+def _is_hooked(segment: Segment, edge: GradientEdge) -> bool:
+    hooked = segment.hooked
+    return hooked if isinstance(hooked, bool) else edge in hooked
 
 
 def _below(node: Node) -> GradientEdge | None:
