@@ -192,12 +192,15 @@ class MTLOptimizer(WrappedOptimizer):
                 return None
             result = self.base.step()
         elif closure is None:
+            self._flow.tell_if_unbalanced()
             result = self.base.step()
         else:
             evaluate = partial(self._flow.evaluate, more, counts)
             evaluations = Evaluations(closure, evaluate, aux)
             with self._flow.reader.connect().telling(self.core):
                 result = self.base.step(evaluations)
+            if not evaluations.count:
+                self._flow.tell_if_nothing_moves(result)
             closure = closure if evaluations.count else None
         self._flow.learning.after_step(closure, self._flow.processes)
         return result

@@ -1,6 +1,6 @@
 """The choice of an engine: by count where that is clear, and by the clock where it is not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -80,7 +80,7 @@ class Chooser:
         *,
         streams: bool,
         products: bool = True,
-        held: int = 0,
+        held: Callable[[], int] = int,
     ) -> tuple[Choices, Engine]:
         """Return the engine for a batch.
 
@@ -90,7 +90,7 @@ class Chooser:
             params: All parameters of the optimizer.
             streams: Whether the call can do without the gradients.
             products: Whether it can do with their factors.
-            held: Bytes of the rows of the step before, which the new ones may take.
+            held: Gives the bytes of the rows of the step before, which the new ones may take.
 
         Returns:
             What is settled now, and the engine.
@@ -129,7 +129,7 @@ class Chooser:
         plan: Plan,
         params: Sequence[Tensor],
         shape: str,
-        held: int,
+        held: Callable[[], int],
         *,
         streams: bool,
         products: bool,
@@ -143,7 +143,7 @@ class Chooser:
         row = sum(param.numel() * param.element_size() for param in formed)
         row += sum(4 * use.sizes.brought for layer in layers.values() for use in layer.uses)
         work, free = count(plan.cut), free_bytes(device)
-        free = None if free is None else free + held
+        free = None if free is None else free + held()
         if streams and free is not None and m * row > ROOM * free:
             why = f"{m} task gradients of {row / 2**20:.0f} MiB do not fit into what is free"
             return {shape: {"engine": "Streaming(within=Factored())", "why": why}}

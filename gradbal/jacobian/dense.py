@@ -68,7 +68,6 @@ class Keep:
         self.exchange = self.processes.rows(self.blocks, n_tasks)
         self.written, self.n_sent = set(self.sparse), 0
 
-    @property
     def nbytes(self) -> int:
         """Bytes of the storage."""
         return sum(block.rows.nbytes for block in self.blocks)

@@ -89,7 +89,7 @@ class Planner:
         first: Callable[[int], int] = int,
         *,
         whole: bool,
-        held: int = 0,
+        held: Callable[[], int] = int,
     ) -> Choices:
         """Choose the engine for a batch, if it is not always the same.
 
@@ -98,7 +98,7 @@ class Planner:
             plan: The plan.
             first: Gives what the first of several processes would do.
             whole: Whether the batch stands alone, so that its gradients may be dropped.
-            held: Bytes of the rows of the step before.
+            held: Gives the bytes of the rows of the step before.
 
         Returns:
             The engines settled on, this batch included.
@@ -178,6 +178,13 @@ class Planner:
                 "show which task uses which parameter. A parameter counts as one task's own as "
                 "long as no other task has had a gradient of it that is not exactly zero; to be "
                 "faster, compile trunk and heads apart.",
+            )
+        several = len(plan.tasks) > 1 and not (plan.sharded or plan.hidden or plan.opaque)
+        if several and not plan.trunk and not any(plan.above):
+            self.log.tell_once(
+                "nothing shared",
+                "The tasks share no parameter that is trained, so there is nothing to balance; is "
+                "the trunk frozen, detached or run under no_grad?",
             )
         for task, other in plan.within[:1]:
             self.log.tell_once(

@@ -127,27 +127,24 @@ def pull(segment: Segment, cotangents: Sequence[Tensor | None], *, last: bool = 
     edges = [(i, edge) for i, edge in enumerate(params) if isinstance(edge, GradientEdge)]
     hooks += [edge.node.register_prehook(partial(catch, i)) for i, edge in edges]
     ends = {edge.node: below for edge in bottom if (below := _below(edge.node)) is not None}
-
-    def go(stop: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
-        stops = [node.register_prehook(stop) for node in ends]
-        try:
-            return torch.autograd.grad(
-                [edge for edge, _ in top],
-                [*params, *bottom, *ends.values()],
-                [cotangent for _, cotangent in top],
-                retain_graph=segment.retain_graph or not last or bool(ends),
-                allow_unused=True,
-            )
-        finally:
-            for handle in stops:
-                handle.remove()
-
     try:
-        grads = go(_stop)
-    except (AttributeError, TypeError):  # a user's hook under the bottom was given None
-        if not ends:
-            raise
-        grads = go(_stop_with_zeros)
+        for stop in (_stop, _stop_with_zeros):
+            stops = [node.register_prehook(stop) for node in ends]
+            try:
+                grads = torch.autograd.grad(
+                    [edge for edge, _ in top],
+                    [*params, *bottom, *ends.values()],
+                    [cotangent for _, cotangent in top],
+                    retain_graph=segment.retain_graph or not last or bool(ends),
+                    allow_unused=True,
+                )
+                break
+            except (AttributeError, TypeError):  # a user's hook under the bottom was given None
+                if not ends or stop is _stop_with_zeros:
+                    raise
+            finally:
+                for handle in stops:
+                    handle.remove()
     finally:
         for hook in hooks:
             hook.remove()

@@ -187,6 +187,7 @@ class Rule:
             (``"auto"``) from a closure where one is given.
         batches: From how many independent batches the rule can take losses, that of the step
             among them.
+        by_epochs: Whether the weights change only where the user marks the end of an epoch.
         sees_absent: Whether ``ctx.state`` and ``ctx.buffers`` hold absent tasks, too; the present
             ones are at ``ctx.present``.
     """
@@ -201,6 +202,7 @@ class Rule:
     after: str = "auto"
     batches: ClassVar[tuple[int, ...]] = (1,)
     sees_absent: ClassVar[bool] = False
+    by_epochs: bool = False
 
     def init(self, losses: Tensor) -> State:
         """Make every tensor that the rule keeps between steps, sized for ``losses``.

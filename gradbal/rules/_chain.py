@@ -25,7 +25,7 @@ from gradbal.solvers.gram import combined, times
 
 PASSED_ON = (
     *("scale", "heads", "per_task", "learned", "learner", "learned_lr", "after"),
-    "sees_absent",
+    *("sees_absent", "by_epochs"),
 )
 
 

@@ -38,8 +38,9 @@ class ConFIG(GramRule):
     Args:
         preferences: :math:`p`, one per task, not negative; None for 1 each.
         length_model: Length of the direction: the sum of the gradients' projections on it
-            (``"projection"``), or the smallest, largest or mean norm of the gradients
-            (``"min"``, ``"max"``, ``"arithmetic"``, ``"geometric"``, ``"harmonic"``).
+            (``"projection"``), or as if each gradient had the smallest, largest or mean norm of
+            all (``"min"``, ``"max"``, ``"arithmetic"``, ``"geometric"``, ``"harmonic"``): that
+            norm times the sum of the cosines with the direction.
 
     Source:
         Liu, Chu and Thuerey, ICLR 2025, with the length models of the authors' package. That no
@@ -67,7 +68,7 @@ class ConFIG(GramRule):
         if self.length_model == "projection":
             size = norms @ slopes / square
         else:
-            size = self._length(norms, absent) / square.sqrt()
+            size = self._length(norms, absent) * slopes.sum() / square
         return shares * torch.where(moving, size, 0.0) / (norms + absent)
 
     def _shares(self, cosines: Tensor, present: Tensor, absent: Tensor, ctx: Context) -> Tensor:

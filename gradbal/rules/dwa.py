@@ -43,6 +43,10 @@ class DWA(LossRule):
         if self.window is not None:
             checks.at_least(self, 1, window=self.window)
 
+    @property
+    def by_epochs(self) -> bool:  # type: ignore[override]  # depends on an option
+        return self.window is None
+
     def init(self, losses: Tensor) -> State:
         names = ("total", "count", "newer", "older")
         state = {name: torch.zeros_like(losses) for name in names}

@@ -50,6 +50,10 @@ class IGB(LossRule):
         for loss in self.base_losses or ():
             checks.positive(self, base_losses=loss)
 
+    @property
+    def by_epochs(self) -> bool:  # type: ignore[override]  # depends on an option
+        return self.window is None and self.base_losses is None
+
     def init(self, losses: Tensor) -> State:
         return averages("base_losses", losses)
 

@@ -55,6 +55,10 @@ class STCH(LossRule):
         for loss in self.nadir or ():
             checks.positive(self, nadir=loss)
 
+    @property
+    def by_epochs(self) -> bool:  # type: ignore[override]  # depends on an option
+        return self.window is None
+
     def init(self, losses: Tensor) -> State:
         return averages("nadir", losses)
 

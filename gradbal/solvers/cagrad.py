@@ -152,7 +152,9 @@ def _exchange(problem: _Problem, tol: float, max_iter: int) -> tuple[Tensor, Ten
     for n_iter in range(1, max_iter + 1):
         points, level = _on_set(problem, free)
         slopes = problem.slopes(points, level)
-        residual = torch.minimum(points, slopes).abs().amax()
+        length = ((points @ problem.cosines) * points).sum().clamp(min=0).sqrt()
+        off = torch.minimum(points, slopes).abs().amax()
+        residual = torch.maximum(off, (length - c).abs())  # on a singular block it may be off
         if residual.item() <= tol or n_iter == max_iter:
             break
         previous, free = free, points > slopes

@@ -32,6 +32,7 @@ from gradbal.step.state import Core
 from gradbal.step.weighting import Decision, Sight, decide, hold, reuse, select
 from gradbal.step.write import add_to_grads, fill, replacing_grads
 
+STRETCH = 1000  # steps after which the log says what made no difference
 UNSOLVED = 1e-6  # residual of a solver above which the log says so
 
 
@@ -58,6 +59,9 @@ class Flow:
         self.left_out = 0  # steps, also by a scaler
         self.reached = set[int]()  # parameters with a gradient after the last pass over all losses
         self.holds = False  # weights, for further evaluations of the losses in a step
+        self.balanced = False  # whether losses came since the last step
+        self.window: set[int] = set()  # tasks seen in the current stretch of steps
+        self.n_steps = 0
 
     @property
     def processes(self) -> Processes:
@@ -78,7 +82,8 @@ class Flow:
         with leaving_word(lambda: self.processes), core.transaction() as undo:
             with phase("bookkeeping"):
                 batch = self.reader.read(losses, call)
-                batch = self._without_bad_losses(batch)
+                if options.on_nonfinite == "absent":
+                    batch = self._without_bad_losses(batch)
             if not batch.tasks:
                 return self._skip(tuple(core.names), call, undo)
             scale = call.initial_gradient(batch.values.device)
@@ -121,9 +126,7 @@ class Flow:
             return True
 
     def _without_bad_losses(self, batch: Batch) -> Batch:
-        """Leave tasks out whose losses are NaN or inf, where the user asked for that."""
-        if self.options.when_nonfinite != "absent":
-            return batch
+        """Leave tasks out whose losses are NaN or inf."""
         values = self.processes.sum(batch.values)
         bad = [i for i, value in enumerate(values.tolist()) if not math.isfinite(value)]
         return batch.without(bad) if bad else batch
@@ -199,7 +202,10 @@ class Flow:
         decision = decide(
             self.core, self.options.policy, found.tasks, gradients.members, seen, sight
         )
-        for _, ctx in decision.contexts.values():
+        for group, (tasks, ctx) in decision.contexts.items():
+            gram = decision.grams.get(group)
+            if gram is not None and not self.core.capturable and not gram.diagonal().all():
+                self._tell_about_zeros(tasks, gram)
             residual = 0.0 if self.core.capturable else float(ctx.stats.get("residual", 0.0))
             if not residual <= UNSOLVED:
                 self.planner.log.tell_once(
@@ -210,6 +216,17 @@ class Flow:
                     "`last.stats` holds the residual of every step.",
                 )
         return self._selected(decision, found.tasks)
+
+    def _tell_about_zeros(self, tasks: Sequence[int], gram: Tensor) -> None:
+        """Tell which present tasks have a gradient that is exactly zero."""
+        for task, square in zip(tasks, gram.diagonal().tolist(), strict=True):
+            if square == 0:
+                self.planner.log.tell_once(
+                    f"zero {task}",
+                    f"The gradient of task {self.core.names[task]!r} on the shared parameters is "
+                    f"exactly zero in step {self.core.solved}, and some rules then hardly move; "
+                    "if it has no labels in this batch, leave it out, or give None for its loss.",
+                )
 
     def _write(self, found: Gathered, decision: Decision, call: Call) -> bool:
         """Write the direction, the heads' gradients and the auxiliary ones.
@@ -296,6 +313,27 @@ class Flow:
                     "repeat the step, or pass use_reentrant=False to torch's checkpoint."
                 )
 
+    def _watch(self, tasks: Sequence[int]) -> None:
+        """Tell, every so many steps, what of a training makes no difference."""
+        self.balanced = True
+        self.window.update(tasks)
+        self.n_steps += 1
+        if self.n_steps % STRETCH:
+            return
+        core, tell = self.core, self.planner.log.tell_once
+        for task in set(range(len(core.names))) - self.window:
+            tell(
+                f"unseen {task}",
+                f"Task {core.names[task]!r} had no loss with a graph in {STRETCH:,} steps.",
+            )
+        if core.rule.by_epochs and not int(core.epoch):
+            tell(
+                "epochs",
+                f"{type(core.rule).__name__} changes its weights at the end of an epoch only, and "
+                f"there was none in {STRETCH:,} steps; call `end_epoch()` after each.",
+            )
+        self.window = set()
+
     def _start_anew(self, call: Call) -> None:
         """Forget what belonged to gradients that are gone."""
         started = call.fresh and not call.replay
@@ -323,6 +361,7 @@ class Flow:
             hold(core, decision, tasks)
         if core.rule.observes:
             core.decided = core.decided.union(tasks)
+        self._watch(tasks)
         self.last = decision.record([core.names[task] for task in tasks], seen)
 
     def _refuse(
@@ -385,6 +424,26 @@ class Flow:
         self.last = StepRecord(names, torch.full((len(names),), torch.nan), skipped=True)
         fill(self.descent.params, None if call.scaler is None else torch.inf)
         return call.scaler is not None
+
+    def tell_if_unbalanced(self) -> None:
+        """Tell that a step without losses uses gradients which nobody has balanced."""
+        if not self.balanced and any(param.grad is not None for param in self.descent.params):
+            self.planner.log.tell_once(
+                "unbalanced",
+                "step() was called without losses after an ordinary backward pass, so nothing is "
+                "balanced; call `step(losses)`, or `backward(losses)` before.",
+            )
+        self.balanced = False
+
+    def tell_if_nothing_moves(self, result: object) -> None:
+        """Tell that a closure returned a sum and wrote no gradient."""
+        with_graph = isinstance(result, Tensor) and result.requires_grad
+        if with_graph and all(param.grad is None for param in self.descent.params):
+            self.planner.log.tell_once(
+                "sum",
+                "The closure returned one number and wrote no gradient, so nothing moves; return "
+                "the losses as a list or mapping, or call `backward(losses)` in it.",
+            )
 
     def evaluate(
         self,

@@ -164,7 +164,7 @@ class Decision:
     def placed(self, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the weights of every group, and those on heads, on a device in one copy."""
         found = [*self.shared.values()] + ([] if self.heads is None else [self.heads])
-        if not found or all(part.device == device for part in found):
+        if not found or found[0].device == device == found[-1].device:
             return self.shared, self.heads
         moved = list(on_device(torch.stack(found), device).unbind())
         shared = dict(zip(self.shared, moved, strict=False))
