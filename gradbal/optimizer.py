@@ -53,11 +53,14 @@ class MTLOptimizer(WrappedOptimizer):
         groups: ``"model"`` for one decision, ``"tensor"`` for one per parameter tensor, or a
             mapping from names to parameters for one per name.
         update_every: Weights are solved every so many steps and reused in between.
-        on_nonfinite: ``"raise"``, ``"skip"`` the step or ``"propagate"``; None for ``"raise"``, or
-            ``"propagate"`` with ``capturable``.
+        on_nonfinite: What happens to NaN or inf in losses or task gradients: ``"raise"``,
+            ``"absent"`` to leave these tasks out of the step, ``"skip"`` the step, or
+            ``"propagate"``; None for ``"raise"``, or ``"propagate"`` with ``capturable``. What a
+            rule itself returns is an error but with the last two.
         learned_lr: Learning rate of what the rule learns; None for the rule's own, or else the
             live one of the first parameter group.
-        capturable: Read nothing back from the device, so that a step can be captured.
+        capturable: Read nothing back from the device, and write what lasts in place, so that a
+            step can be captured in a CUDA graph and replayed.
         process_group: Processes that balance their losses together, each with its part of the
             batch: ``"auto"`` for all there are, a group of ``torch.distributed``, or None for
             this process alone.
@@ -99,7 +102,10 @@ class MTLOptimizer(WrappedOptimizer):
         if isinstance(optimizer, list | tuple):
             optimizer = SeveralOptimizers(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"{OWNER}: expected a torch optimizer, got {optimizer!r}.")
+            raise TypeError(
+                f"{OWNER}: expected a torch optimizer, got {type(optimizer).__name__}; build one "
+                "first, such as torch.optim.AdamW(model.parameters())."
+            )
         rule, self.engine = make_rule(rule), make_engine(engine)
         self.options = Options(
             scale,

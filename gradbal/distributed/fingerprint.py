@@ -31,6 +31,8 @@ def digest(tensor: Tensor | None) -> int:
         return digest(tensor.values()) ^ digest(tensor.indices())
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
+    if not tensor.numel():
+        return 0
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.contiguous().view(kinds[tensor.element_size()]).flatten()
     odd = torch.arange(1, 2 * min(STRIDE, len(bits)), 2, device=bits.device)

@@ -129,6 +129,7 @@ def make_plan(
     size = len(walk.order), *tasks
     routing = route(walk, dict(zip(tasks, roots, strict=True))) if helps.get(size, True) else None
     if routing is None:
+        helps.setdefault(size, False)
         return planned(walk, Routing())
     if not routing.region:
         helps[size] = False

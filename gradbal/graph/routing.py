@@ -25,6 +25,9 @@ PARTIAL = {
     *("GatherBackward0", "TakeBackward0", "MaskedSelectBackward0", "DiagonalBackward0"),
     *("AsStridedBackward0", "WhereBackward0", "MaskedFillBackward0", "MulBackward0"),
 }
+DIVIDING = {  # those with an output for each part
+    *("SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0", "UnsafeSplitBackward0"),
+}
 # Nodes that move or drop entries: called with a mask.
 MOVING = {
     *PARTIAL,
@@ -86,7 +89,10 @@ def route(walk: Walk, roots: Mapping[int, GradientEdge]) -> Routing | None:
     if not kinds and not packed:
         return None
     leading = _leading(walk)
-    if not packed and not any(isinstance(node, kinds) for node in leading):
+    if not packed and not any(
+        isinstance(node, kinds) and (node in leading or type(node).__name__ in DIVIDING)
+        for node in walk.order
+    ):
         return None
     reads: dict[Node, dict[int, list[Read]]] = {}
     routing = Routing(lower={task: [] for task in roots})

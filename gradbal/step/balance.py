@@ -74,6 +74,7 @@ class Flow:
         known = self.core.sets or self.planner.reached  # rules on losses keep no sets
         return [roles.params[number] for number in sorted(roles.shared(known))]
 
+    @torch.inference_mode(False)  # what is kept would be unusable in an ordinary step
     @torch.no_grad()
     @outside_autocast
     def balance(self, losses: Losses, call: Call) -> bool:

@@ -142,7 +142,8 @@ def test_overlapping_groups() -> None:
 def test_the_base_must_be_a_torch_optimizer() -> None:
     says(
         TypeError,
-        "MTLOptimizer: expected a torch optimizer, got 3.",
+        "MTLOptimizer: expected a torch optimizer, got int; build one first, such as "
+        "torch.optim.AdamW(model.parameters()).",
         lambda: MTLOptimizer(3),  # type: ignore[arg-type]  # that is the point
     )
     says(
