@@ -1,7 +1,7 @@
 """The plan of a step: which parameters are heads, which the trunk, and where the graphs meet."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def make_plan(
     if sinks:
         found = [behind_sinks((root.node, root.output_nr)) for root in roots]
         roots = [GradientEdge(node, number) for node, number in found if node is not None]
-        walk = walk_graph(roots, tasks, behind=True)
+        walk = replace(walk_graph(roots, tasks, behind=True), sinks=sinks)
 
     def planned(walk: Walk, routing: Routing) -> Plan:
         return _planned(walk, roots, tasks, routing, index, known, shared, tag)
@@ -137,6 +137,7 @@ def make_plan(
     numbers = [*tasks, *(task for task, edges in routing.lower.items() for _ in edges)]
     tops = [*roots, *(edge for edges in routing.lower.values() for edge in edges)]
     routed = walk_graph(tops, numbers, behind=bool(sinks), closed=routing.region)
+    routed.sinks = sinks
     plan = planned(routed, routing)
     if size not in helps:
         plain = planned(walk, Routing(unresolved=routing.unresolved))
