@@ -205,7 +205,8 @@ class Flow:
         )
         for group, (tasks, ctx) in decision.contexts.items():
             gram = decision.grams.get(group)
-            if gram is not None and not self.core.capturable and not gram.diagonal().all():
+            looked_at = gram is not None and not self.core.capturable
+            if looked_at and 0.0 in gram.diagonal().tolist():
                 self._tell_about_zeros(tasks, gram)
             residual = 0.0 if self.core.capturable else float(ctx.stats.get("residual", 0.0))
             if not residual <= UNSOLVED:

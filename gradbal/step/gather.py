@@ -217,18 +217,25 @@ def _joined(
     aux: dict[int, Tensor],
 ) -> Gathered | None:
     """Put a piece of a batch aside, or bring it together with those put aside before."""
-    whole = core.pending.plus(piece, batch.by_task(), aux)
+    seen = {} if plan.opaque else plan.reached  # what a graph shows, also without a gradient
+    whole = core.pending.plus(piece, batch.by_task(), aux, seen)
     if call.accumulate:
-        core.pending, core.sets = whole, _united(core.sets, plan.reached)
+        core.pending, core.sets = whole, _united(core.sets, {**seen, **_bits(piece)})
         return None
-    reached = {n: sum(1 << task for task in column) for n, column in whole.rows.items()}
+    found = _bits(whole.rows)
+    reached = {n: found.get(n, 0) | whole.reached.get(n, 0) for n in {*found, *whole.reached}}
     sparse = {n for n, rows in whole.rows.items() if any(g.is_sparse for g in rows.values())}
-    found = replace(plan, reached=reached, sparse=sparse)
-    plan = descent.processes.plan(lambda known: [found], core.sets)[0]
+    joined = replace(plan, reached=reached, sparse=sparse)
+    plan = descent.processes.plan(lambda known: [joined], core.sets)[0]
     known = _united(core.sets, plan.reached)
     gradients = descent.from_rows(whole.rows, sorted(whole.losses), plan, known, len(core.names))
     losses = torch.stack([whole.losses[task] for task in gradients.tasks])
     return Gathered(plan, known, gradients, losses, whole.aux, descent.processes).settle()
+
+
+def _bits(rows: ByParameter) -> dict[int, int]:
+    """Return the tasks that have a gradient of each parameter, as a bit set."""
+    return {number: sum(1 << task for task in column) for number, column in rows.items()}
 
 
 def _aux(

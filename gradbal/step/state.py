@@ -225,6 +225,11 @@ class Core:
                 name: merged(old, rows[name], self.row_axes[name], some)
                 for name, old in kept.items()
             }
+        if new_names := ctx.state.keys() - state.keys():
+            raise ValueError(
+                f"{type(self.rule).__name__}: `ctx.state` holds {min(new_names)!r}, which `init` "
+                "did not make; make every tensor that is kept there, so that it is saved and grows."
+            )
         for name, new in ctx.state.items():
             state[name] = merged(state[name], new, self.axes[name], some)
         for name, slope in ctx.slopes.items():

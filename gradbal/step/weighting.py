@@ -293,12 +293,30 @@ def decide(
             signal = ctx.losses if isinstance(rule, LossRule) else decision.grams[group]
             result = rule.weights(signal, ctx)
         if isinstance(result, Tensor | Weights):
+            expected = torch.Size((len(positions),))
+            shapes = [result.shape] if isinstance(result, Tensor) else [w.shape for w in result]
+            if shapes.count(expected) < len(shapes):
+                raise _wrong_shape(rule, len(positions), shapes)
             decision.weigh(group, part, *policy.split(rule, result))
+        elif not isinstance(rule, GradientRule):
+            raise TypeError(
+                f"{type(rule).__name__}: `weights` must return a tensor of shape [m] or Weights, "
+                f"got {type(result).__name__}."
+            )
         else:
             found, heads = policy.split_direction(rule, result, len(positions), sight.scale)
             decision.point(stacks, found)
             decision.weigh_heads(part, heads)
     return decision
+
+
+def _wrong_shape(rule: Rule, n_tasks: int, shapes: Sequence[torch.Size]) -> ValueError:
+    """Return what to raise where a rule returned weights of another shape."""
+    found = " and ".join(str(list(shape)) for shape in shapes)
+    return ValueError(
+        f"{type(rule).__name__}: expected one weight for each of the {n_tasks} tasks, shape "
+        f"[{n_tasks}], got shape {found}; nothing was changed."
+    )
 
 
 def select(core: Core, decision: Decision, tasks: Sequence[int], update_every: int) -> Decision:

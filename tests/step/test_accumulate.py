@@ -303,3 +303,32 @@ def test_representations_of_different_batches_cannot_be_accumulated() -> None:
         ),
     ):
         optimizer.backward(model.losses(), accumulate=True)
+
+
+class Ignoring(torch.autograd.Function):
+    """Takes a parameter and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+@pytest.mark.parametrize("rule", ["upgrad", "mgda"])
+def test_pieces_count_the_tasks_that_the_graph_shows(rule: str) -> None:
+    """One that reaches a shared parameter without a gradient for it is a member in both ways."""
+    found = []
+    for pieces in (1, 2):
+        model, shared = Toy(3), nn.Parameter(torch.ones(5).double())
+        optimizer = wrapped([*model.parameters(), shared], rule)
+        for piece in range(pieces):
+            rows = slice(piece * 6 // pieces, (piece + 1) * 6 // pieces)
+            first, second, _ = (loss / pieces for loss in model.losses(rows=rows))
+            apart = Ignoring.apply((shared.detach() * 0 + 2).requires_grad_(), shared)
+            losses = [first + shared.sum() / pieces, second, apart.sum() / pieces]
+            optimizer.backward(losses, accumulate=piece < pieces - 1)
+        found.append([param.grad for param in (*model.parameters(), shared)])
+    assert_same(found[1], found[0], 1e-12)
