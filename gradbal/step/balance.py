@@ -205,9 +205,9 @@ class Flow:
         )
         for group, (tasks, ctx) in decision.contexts.items():
             gram = decision.grams.get(group)
-            looked_at = gram is not None and not self.core.capturable
-            if looked_at and 0.0 in gram.diagonal().tolist():
-                self._tell_about_zeros(tasks, gram)
+            squares = [] if gram is None or self.core.capturable else gram.diagonal().tolist()
+            if 0.0 in squares:
+                self._tell_about_zeros(tasks, squares)
             residual = 0.0 if self.core.capturable else float(ctx.stats.get("residual", 0.0))
             if not residual <= UNSOLVED:
                 self.planner.log.tell_once(
@@ -219,9 +219,9 @@ class Flow:
                 )
         return self._selected(decision, found.tasks)
 
-    def _tell_about_zeros(self, tasks: Sequence[int], gram: Tensor) -> None:
+    def _tell_about_zeros(self, tasks: Sequence[int], squares: Sequence[float]) -> None:
         """Tell which present tasks have a gradient that is exactly zero."""
-        for task, square in zip(tasks, gram.diagonal().tolist(), strict=True):
+        for task, square in zip(tasks, squares, strict=True):
             if square == 0:
                 self.planner.log.tell_once(
                     f"zero {task}",
