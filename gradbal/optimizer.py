@@ -304,7 +304,7 @@ class MTLOptimizer(WrappedOptimizer):
             self.shared,
             self.options.groups,
             self.gram_over,
-            everything=getattr(self.core.rule, "probes", False),
+            everything=self.core.rule.probes,
         )
         options = self.options
         chooser = chooser_for(
@@ -314,7 +314,7 @@ class MTLOptimizer(WrappedOptimizer):
             roles,
             self.engine,
             chooser if isinstance(self.engine, Auto) else None,
-            norms_only=getattr(self.core.rule, "norms_only", False),
+            norms_only=self.core.rule.norms_only,
             reads=not self.options.capturable,
         )
         descent = Descent(planner)

@@ -188,6 +188,13 @@ class Rule:
         batches: From how many independent batches the rule can take losses, that of the step
             among them.
         by_epochs: Whether the weights change only where the user marks the end of an epoch.
+        weighted: Whether the direction is a weighted sum of the task gradients, of which the rule
+            returns the weights.
+        norms_only: Whether it looks at nothing of the gradients but their squared norms.
+        probes: Whether it looks at the losses at other parameters. Then it gets the gradients of
+            all parameters, with zeros for tasks that do not reach one, and its further batches
+            may be closures.
+        solver: ``"exact"``, or ``"cvxpy"`` for the slow reference on the host.
         sees_absent: Whether ``ctx.state`` and ``ctx.buffers`` hold absent tasks, too; the present
             ones are at ``ctx.present``.
     """
@@ -203,6 +210,10 @@ class Rule:
     batches: ClassVar[tuple[int, ...]] = (1,)
     sees_absent: ClassVar[bool] = False
     by_epochs: bool = False
+    weighted: ClassVar[bool] = True
+    norms_only: ClassVar[bool] = False
+    probes: ClassVar[bool] = False
+    solver: Any = "exact"
 
     def init(self, losses: Tensor) -> State:
         """Make every tensor that the rule keeps between steps, sized for ``losses``.
@@ -258,32 +269,18 @@ class LossRule(WeightRule):
     """A rule that looks at the losses alone and so costs nothing but one ordinary pass."""
 
     heads: ClassVar[Heads] = "weighted"
+    norms_only: ClassVar[bool] = True  # and not even at these
     needs_losses = True
 
 
 class GramRule(WeightRule):
-    """A rule that looks at the inner products of the task gradients.
-
-    Attributes:
-        norms_only: Whether it looks at the diagonal alone, the squared norms.
-    """
-
-    norms_only: ClassVar[bool] = False
+    """A rule that looks at the inner products of the task gradients."""
 
 
 class GradientRule(Rule):
-    """A rule that looks at the task gradients entry by entry.
-
-    Attributes:
-        weighted: Whether the direction is a weighted sum of the task gradients, of which the rule
-            returns the weights.
-        probes: Whether it looks at the losses at other parameters. Then it gets the gradients of
-            all parameters, with zeros for tasks that do not reach one, and its further batches
-            may be closures.
-    """
+    """A rule that looks at the task gradients entry by entry."""
 
     weighted: ClassVar[bool] = False
-    probes: ClassVar[bool] = False
 
     def buffers(self, rows: Tensor) -> State:
         """Make every tensor that the rule keeps for one parameter between steps.

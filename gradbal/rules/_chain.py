@@ -97,9 +97,9 @@ class Chain(Rule):
         parts: tuple[Transform | Rule, ...] = (*self.transforms, self.rule)
         passed["needs_losses"] = any(part.needs_losses for part in parts)
         if isinstance(self, GramRule):
-            passed["norms_only"] = getattr(self.rule, "norms_only", True)
+            passed["norms_only"] = self.rule.norms_only
         if isinstance(self, GradientRule):
-            passed["weighted"] = getattr(self.rule, "weighted", True) and not any(
+            passed["weighted"] = self.rule.weighted and not any(
                 transform.tracks for transform in self.transforms
             )
         for name, value in passed.items():
@@ -284,7 +284,7 @@ def _make_transform(link: object) -> Transform:
 
 def _check_weights(transforms: Sequence[Transform], rule: Rule) -> None:
     """Raise if a transform that works on weights stands where there is a direction instead."""
-    behind: object = None if getattr(rule, "weighted", True) else rule
+    behind: object = None if rule.weighted else rule
     for transform in reversed(transforms):
         if transform.needs_weights and behind is not None:
             raise ValueError(

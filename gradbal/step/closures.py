@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -62,9 +63,10 @@ def undisturbed() -> Iterator[None]:
     those of its parts, so the model need not be known.
     """
     saved: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+    here = get_ident()
 
     def save(module: nn.Module, args: object) -> None:
-        if module not in saved:
+        if get_ident() == here and module not in saved:  # another thread may train another model
             for part in module.modules():
                 named = part.named_buffers(recurse=False)
                 saved.setdefault(part, {name: (old, old.clone()) for name, old in named})

@@ -69,12 +69,12 @@ class Options:
                 f"{OWNER}: Sketched draws anew in each step, which a captured one cannot; leave "
                 "`capturable` out or choose another engine, such as Factored."
             )
-        if self.capturable and getattr(rule, "solver", None) == "cvxpy":
+        if self.capturable and rule.solver == "cvxpy":
             raise ValueError(
                 f'{OWNER}: solver="cvxpy" runs on the host, so it cannot be captured; leave '
                 "`capturable` or the solver out."
             )
-        if not getattr(rule, "weighted", True) and isinstance(base, torch.optim.LBFGS):
+        if not rule.weighted and isinstance(base, torch.optim.LBFGS):
             raise ValueError(
                 f"{OWNER}: {type(rule).__name__} has no weights that LBFGS could hold while it "
                 "evaluates the losses again; choose a rule with weights or another base optimizer."
@@ -107,7 +107,7 @@ class Options:
 
     def _check_rule(self, rule: Rule, engine: Engine) -> None:
         name = type(rule).__name__
-        elementwise = not getattr(rule, "weighted", True)
+        elementwise = not rule.weighted
         refused = {
             "`update_every` > 1": elementwise and self.update_every > 1,
             '`heads="weighted"`': elementwise and self.heads == "weighted",
@@ -188,7 +188,7 @@ class Options:
         """
         remedy = "leave the others out"
         if len(more) + 1 < min(rule.batches):
-            closures = getattr(rule, "probes", False)
+            closures = rule.probes
             what = "functions that return their losses" if closures else "their losses"
             remedy = f"pass {what} after those of the first"
         checks.batches(OWNER, rule, rule.batches, len(more) + 1, remedy)

@@ -87,7 +87,7 @@ class Reader:
                 "`step(losses, second, third)`.",
             )
         for more in call.more:
-            if callable(more) and getattr(core.rule, "probes", False):
+            if callable(more) and core.rule.probes:
                 found.append(more)
                 continue
             with torch.enable_grad(), processes.telling(core):
@@ -154,7 +154,7 @@ class Reader:
                 f"{OWNER}: with several processes numbers must be read back to agree on, so "
                 "`capturable` cannot be; leave it out."
             )
-        if getattr(rule, "probes", False):
+        if rule.probes:
             raise ValueError(
                 f"{OWNER}: {name} looks at the losses at other parameters, which several processes "
                 "cannot do together; choose another rule."
