@@ -40,6 +40,7 @@ def advance(
             default constants).
     """
     value = state[name]
+    lr = lr.to(value.device) if isinstance(lr, Tensor) else lr
     if learner != "adam":
         new_value = (
             rule.proximal(name, value, grad, lr) if learner == "proximal" else value - lr * grad

@@ -97,7 +97,7 @@ def _not_finite(numbers: Sequence[float]) -> list[int]:
 def survey_losses(
     losses: Tensor, aux: Tensor | None, total: Callable[[Tensor], Tensor], *, capturable: bool
 ) -> Survey:
-    """Look at losses alone, auxiliary ones among them.
+    """Bring losses alone to where they are looked at, auxiliary ones among them.
 
     Args:
         losses: Losses, shape ``[m]``.
@@ -108,7 +108,7 @@ def survey_losses(
     if capturable:
         return Survey({}, losses, None, [])
     m = len(losses)
-    found = total(losses if aux is None else torch.cat((losses, aux.to(losses))))
+    found = total(losses if aux is None else torch.cat((losses, aux.to(losses)))).cpu()
     values = found.tolist()
     bad = [i if i < m else -1 for i in _not_finite(values)]
     return Survey({}, found[:m], values[:m], bad)

@@ -66,6 +66,7 @@ class Learning:
                 names, losses = losses_after(closure)
                 tasks = core.number_tasks(names, len(losses))
             values = torch.stack([loss.reshape(()) for loss in losses]).double()
+            values = values if core.capturable else values.cpu()  # where the rule works
             self.show(*processes.joined(core, tasks, values))
         else:
             self.tell_once(

@@ -347,15 +347,14 @@ class Core:
                     slopes[f"{name}.moving"] = slopes[f"{name}.moving"] * self.good
         old: list[Tensor] = []
         new: list[Tensor] = []
-        addresses = {tensor.untyped_storage().data_ptr() for tensor in self.fixed.values()}
         for path, holder in self._slots():
             kept, tensor = self.fixed.get(path), holder[path[-1]]
             if kept is None or kept is tensor or not _alike(kept, tensor):
                 continue
             if self.good is not None and path[0] not in ("age", "epoch"):
                 tensor = torch.where(self.good, tensor, kept)
-            elif tensor.untyped_storage().data_ptr() in addresses:
-                tensor = tensor.clone()  # it is to be read after another copy wrote there
+            else:
+                tensor = tensor.clone()  # it may be another one that is written before it is read
             old.append(kept)
             new.append(tensor)
             holder[path[-1]] = kept
