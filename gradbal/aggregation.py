@@ -122,11 +122,18 @@ def aggregate(
         if tiny:
             direction = combine_tiny(jacobian, result.to(jacobian.device))
         else:
-            precise = weights if jacobian.dtype in _PLAIN else result
-            direction = combine(jacobian, precise)
+            cancels = gram is not None and _cancels(gram, result)
+            given = weights if jacobian.dtype in _PLAIN and not cancels else result
+            direction = combine(jacobian, given.to(jacobian.device), precise=cancels)
         return Aggregation(direction, weights, ctx.stats, kept)
     shared = result.shared if isinstance(result, Direction) else result
     return Aggregation(shared[0].to(jacobian.dtype), None, ctx.stats, kept)
+
+
+def _cancels(gram: Tensor, weights: Tensor) -> bool:
+    """Say whether the weighted rows are much longer than their sum, so that rounding shows."""
+    parts = (weights.abs() @ gram.diagonal().sqrt()).square()
+    return bool(parts > CANCELLING**2 * (weights @ gram @ weights))
 
 
 def _ask(rule: Rule, signal: Tensor, ctx: Context) -> Tensor | Weights:
@@ -232,6 +239,7 @@ def _probe(
 
 _gram_of, _total_of = partial(total_gram, host=True), partial(total_vector, host=True)
 _START = torch.zeros((), dtype=torch.int64)  # no epoch ends here
+CANCELLING = 30.0  # how much longer all weighted rows are than their sum, for sums in float64
 TINY = 1e-20  # squared norms below which weights may be too large for the rows' dtype
 _PLAIN = (torch.float32, torch.float64)
 

@@ -221,13 +221,16 @@ def added(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
-def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+def combine(
+    rows: Tensor, weights: Tensor, out: Tensor | None = None, *, precise: bool = False
+) -> Tensor:
     """Compute the weighted sum of rows.
 
     Args:
         rows: Shape ``[m, n]``.
         weights: Shape ``[m]``, float64, on the device of ``rows``.
         out: Where to write, shape ``[n]``; None for a new tensor.
+        precise: Sum in float64, for weights so large that nearly all cancels.
     """
     if out is None:
         out = rows.new_empty(rows.shape[1])
@@ -237,10 +240,10 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     if (kernels := fused(rows)) is not None:
         kernels.combine(rows, weights, out)
         return out
-    exact = rows.dtype == torch.float64
-    if exact or (rows.dtype == torch.float32 and not reduces_float32(rows.device)):
+    single = rows.dtype == torch.float32 and not precise
+    if rows.dtype == torch.float64 or (single and not reduces_float32(rows.device)):
         return torch.mv(rows.T, weights.to(rows.dtype), out=out)
-    dtype = torch.float64 if rows.dtype == torch.float32 else torch.float32
+    dtype = torch.float64 if precise or rows.dtype == torch.float32 else torch.float32
     for chunk, part in zip(torch.split(rows, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
         part.copy_(torch.mv(chunk.to(dtype).T, weights.to(dtype)))
     return out
