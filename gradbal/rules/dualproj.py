@@ -11,6 +11,8 @@ from gradbal.rules._registry import register
 from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
 from gradbal.solvers.gram import ROUNDING
 
+RIDGE = 1e-9  # largest that leaves the promise intact in bfloat16
+
 
 @register(
     "dualproj",
@@ -62,6 +64,10 @@ class DualProj(GramRule):
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, linear)
         else:
-            solution = nonnegative_qp(cosines, linear, capturable=ctx.capturable)
+            ridge = min(
+                m * ctx.eps, RIDGE
+            )  # at the noise of the rows, where weights are not unique
+            known = cosines + cosines.new_full((m,), ridge).diag()
+            solution = nonnegative_qp(known, linear, capturable=ctx.capturable)
         ctx.stats["residual"] = solution.residual
         return preferences + solution.value / norms.where(norms > 0, 1)

@@ -15,6 +15,8 @@ from gradbal.solvers.active_set import exchange_numbers
 FEW = 3  # up to this many tasks plain numbers are faster than tensors
 TOL = 1e-10  # largest accepted residual, as of the solver
 
+RIDGE = 1e-9  # largest that leaves the promise intact in bfloat16
+
 
 @register(
     "upgrad",
@@ -66,7 +68,11 @@ class UPGrad(GramRule):
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, cosines)
         else:
-            solution = nonnegative_qp(cosines, cosines, capturable=ctx.capturable)
+            ridge = min(
+                m * ctx.eps, RIDGE
+            )  # at the noise of the rows, where weights are not unique
+            known = cosines + cosines.new_full((m,), ridge).diag()
+            solution = nonnegative_qp(known, cosines, capturable=ctx.capturable)
         ctx.stats["residual"] = solution.residual
         added = (preferences * norms) @ solution.value
         return preferences + added / norms.where(norms > 0, 1)
