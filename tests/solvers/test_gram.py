@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradbal import aggregate
+from gradbal._utils.torch_private import reduces_float32
 from gradbal.solvers.gram import combine, gram_matrix
 
 MODULE = import_module("gradbal.solvers.gram")
@@ -51,3 +53,45 @@ def test_combination_is_one_product(dtype: torch.dtype, n: int) -> None:
     wanted = weights @ precise(rows)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(precise(found[None])[0], wanted, rtol=2 * eps, atol=20 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1_000, 300_000])
+def test_inner_products_of_narrow_rows_are_exact(
+    dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    rows = draw(3, n, dtype) + 0.5
+    rows = torch.cat([rows, (rows[:1] - rows[1:2])])
+    found, wide = gram_matrix(rows), rows.double()
+    norms = wide.norm(dim=1)
+    error = (found - wide @ wide.T).abs() / (norms[:, None] * norms)
+    assert error.max() <= 1e-14
+
+
+@pytest.mark.parametrize("rule", ["aligned_mtl", "config", "imtl_g"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_direction_vanishes_in_long_dependent_rows(
+    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of the Gram matrix stays below what counts as zero, however long the rows."""
+    monkeypatch.undo()
+    for n in (65_536, 262_144):
+        for seed in range(3):
+            some = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            found = aggregate(torch.cat([some, some.sum(0, keepdim=True)]), rule)
+            assert found.direction.norm() >= 0.5 * n**0.5
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one switch"
+)
+def test_the_newer_switch_for_tf32_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it is set the older one raises."""
+    assert not reduces_float32(torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert reduces_float32(torch.device("cuda"))
+    assert not reduces_float32(torch.device("cpu"))
+    rows = draw(3, 10, torch.float32)
+    gram_matrix(rows)
+    combine(rows, torch.ones(3).double())
