@@ -1,18 +1,16 @@
 """Several tasks in one pass, batched with ``torch.func.vmap``."""
 
 import itertools
-import logging
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gradbal._utils.log import log
 from gradbal.jacobian.loop import loop
 from gradbal.jacobian.pull import Cotangent, Cotangents, Rows, RowStream, Segment, pull
 from gradbal.solvers.gram import stacked
-
-log = logging.getLogger("gradbal")
 
 
 class Batch:

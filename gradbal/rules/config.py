@@ -10,10 +10,10 @@ from gradbal._utils import checks
 from gradbal.rules._base import Claim, Context, GramRule
 from gradbal.rules._registry import register
 from gradbal.solvers import equilibrate, min_norm, symmetric_eigen
+from gradbal.solvers.equal_projection import HARMLESS
 from gradbal.solvers.gram import ROUNDING
 
 FLAT = 1e-7  # of what cancels: a Gram matrix cannot tell shorter lengths from zero
-HARMLESS = 16  # rounding errors within which a direction harms no task
 
 Length = Literal["projection", "min", "max", "arithmetic", "geometric", "harmonic"]
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from gradbal._utils import checks
 from gradbal.rules._base import Claim, Context, GramRule, Scale
 from gradbal.rules._registry import register
-from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
+from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp, ridged
 from gradbal.solvers.gram import ROUNDING
-
-RIDGE = 1e-9  # largest that leaves the promise intact in bfloat16
 
 
 @register(
@@ -64,10 +62,7 @@ class DualProj(GramRule):
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, linear)
         else:
-            ridge = min(
-                m * ctx.eps, RIDGE
-            )  # at the noise of the rows, where weights are not unique
-            known = cosines + cosines.new_full((m,), ridge).diag()
+            known = ridged(cosines, ctx.eps)
             solution = nonnegative_qp(known, linear, capturable=ctx.capturable)
         ctx.stats["residual"] = solution.residual
         return preferences + solution.value / norms.where(norms > 0, 1)

@@ -9,13 +9,11 @@ from torch import Tensor
 from gradbal._utils import checks
 from gradbal.rules._base import Claim, Context, GramRule, Scale
 from gradbal.rules._registry import register
-from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp
+from gradbal.solvers import cvxpy_nonnegative_qp, equilibrate, nonnegative_qp, ridged
 from gradbal.solvers.active_set import exchange_numbers
 
 FEW = 3  # up to this many tasks plain numbers are faster than tensors
 TOL = 1e-10  # largest accepted residual, as of the solver
-
-RIDGE = 1e-9  # largest that leaves the promise intact in bfloat16
 
 
 @register(
@@ -38,8 +36,9 @@ class UPGrad(GramRule):
 
     Source:
         Quinton and Rey, arXiv 2406.16232, eq. 6. The gradients are brought to unit length before
-        solving and nothing is regularised: the authors' ridge on the raw Gram matrix gives up
-        the promise as soon as norms differ by about 30 times.
+        solving. The authors' ridge of 1e-4 on the raw Gram matrix gives up the promise as soon as
+        norms differ by about 30 times; the ridge here is as small as the rounding errors of the
+        gradients, 1e-9 at most.
     """
 
     scale: ClassVar[Scale] = "mean"
@@ -68,10 +67,7 @@ class UPGrad(GramRule):
         if self.solver == "cvxpy":
             solution = cvxpy_nonnegative_qp(cosines, cosines)
         else:
-            ridge = min(
-                m * ctx.eps, RIDGE
-            )  # at the noise of the rows, where weights are not unique
-            known = cosines + cosines.new_full((m,), ridge).diag()
+            known = ridged(cosines, ctx.eps)
             solution = nonnegative_qp(known, cosines, capturable=ctx.capturable)
         ctx.stats["residual"] = solution.residual
         added = (preferences * norms) @ solution.value

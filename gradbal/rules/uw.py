@@ -1,19 +1,13 @@
 """UW: weights from learned noise levels."""
 
 from dataclasses import dataclass
-from math import inf
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gradbal._utils import checks
-from gradbal.rules._base import Claim, Context, LossRule, State
+from gradbal.rules._base import Claim, Context, LossRule
+from gradbal.rules._log_weights import LearnsLogWeights
 from gradbal.rules._registry import register
-from gradbal.solvers.log_weight import log_weight_step
-
-Learner = Literal["proximal", "adam", "sgd", "base"]
-LEARNERS = get_args(Learner)
 
 
 @register(
@@ -23,7 +17,7 @@ LEARNERS = get_args(Learner)
     year=2018,
 )
 @dataclass(frozen=True, init=False)
-class UW(LossRule):
+class UW(LearnsLogWeights, LossRule):
     r"""Homoscedastic uncertainty: minimise :math:`\sum_i \tfrac12 e^{-s_i} L_i + \tfrac12 s_i`.
 
     The log variances :math:`s` are learned beside the model; at their optimum
@@ -45,25 +39,8 @@ class UW(LossRule):
     """
 
     learned: ClassVar[tuple[str, ...]] = ("log_variance",)
-
-    start: float | None
-    learner: Literal["adam", "sgd", "proximal"] | None
-
-    def __init__(self, *, init: float | None = None, learner: Learner = "proximal") -> None:
-        checks.one_of(self, LEARNERS, learner=learner)
-        object.__setattr__(self, "start", init)  # as a field `init` would hide the method
-        object.__setattr__(self, "learner", None if learner == "base" else learner)
-
-    def init(self, losses: Tensor) -> State:
-        return {"log_variance": torch.full_like(losses, inf if self.start is None else self.start)}
+    sign: ClassVar[int] = -1
+    share: ClassVar[float] = 0.5
 
     def weights(self, losses: Tensor, ctx: Context) -> Tensor:
-        started = ctx.state["log_variance"]
-        first = losses.where(losses > 0, 1).log()  # of a loss that is not positive there is none
-        ctx.state["log_variance"] = variance = torch.where(started == inf, first, started)
-        weights = (-variance).exp() / 2
-        ctx.slopes["log_variance"] = 0.5 - weights * losses
-        return weights
-
-    def proximal(self, name: str, value: Tensor, slope: Tensor, lr: float | Tensor) -> Tensor:
-        return value - log_weight_step((1 - 2 * slope).clamp(min=0), lr / 2)
+        return self.learned_weights(losses, ctx)

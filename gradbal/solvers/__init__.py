@@ -4,6 +4,7 @@ from gradbal.solvers.cagrad import cagrad_point as cagrad_point
 from gradbal.solvers.combined_min_norm import combined_min_norm as combined_min_norm
 from gradbal.solvers.equal_projection import equal_projection as equal_projection
 from gradbal.solvers.equilibrate import equilibrate as equilibrate
+from gradbal.solvers.equilibrate import ridged as ridged
 from gradbal.solvers.min_norm import min_norm as min_norm
 from gradbal.solvers.min_norm import touches_zero as touches_zero
 from gradbal.solvers.nash import nash_point as nash_point

@@ -8,12 +8,11 @@ from torch import Tensor
 from gradbal._utils import checks
 from gradbal.solvers.active_set import GATHER, PATIENCE
 from gradbal.solvers.equilibrate import equilibrate
-from gradbal.solvers.interior_point import FLOOR, all_supports, predict_correct
+from gradbal.solvers.interior_point import ENUMERATED, FLOOR, all_supports, predict_correct
 from gradbal.solvers.min_norm import cancels, min_norm
 from gradbal.solvers.solution import Solution
 
 _LOST = 1e-4  # a residual above this is no solution
-_ENUMERATED = 5  # on a device up to this size every support is tried
 _TINY = 1e-300
 
 
@@ -127,7 +126,7 @@ def _solve(
         points, residual, n_iter = _exchange(problem, tol, max_iter)
         if residual.item() <= tol:
             return points, residual, n_iter
-    elif len(near) <= _ENUMERATED:
+    elif len(near) <= ENUMERATED:
         return *_best_support(problem), 0
     return _interior_point(problem, None if capturable else tol, max_iter)
 

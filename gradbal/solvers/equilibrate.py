@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+RIDGE = 1e-9  # the largest with which no task is harmed beyond the rounding of bfloat16 rows
+
 
 def equilibrate(gram: Tensor) -> tuple[Tensor, Tensor]:
     r"""Split a Gram matrix into cosines and norms: :math:`G_{ij} = n_i\, C_{ij}\, n_j`.
@@ -32,3 +34,14 @@ def equilibrate(gram: Tensor) -> tuple[Tensor, Tensor]:
     cosines = halves + halves.T
     cosines.diagonal().copy_(norms.sign())
     return cosines, norms
+
+
+def ridged(cosines: Tensor, eps: float) -> Tensor:
+    """Add the noise of the rows to the diagonal: within it weights are not unique.
+
+    Args:
+        cosines: As of :func:`equilibrate`, shape ``[m, m]``.
+        eps: Relative rounding error of a squared norm.
+    """
+    ridge = min(len(cosines) * eps, RIDGE)
+    return cosines + cosines.new_full((len(cosines),), ridge).diag()

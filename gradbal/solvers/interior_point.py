@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-13  # curvature below which a direction counts as null; the diagonal is about 1
+ENUMERATED = 5  # on a device up to this size every support is tried
 _TINY = 1e-300
 
 

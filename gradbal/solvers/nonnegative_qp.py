@@ -5,12 +5,16 @@ from torch import Tensor
 
 from gradbal._utils import checks
 from gradbal.solvers.active_set import exchange, exchange_numbers
-from gradbal.solvers.interior_point import best_support, interior_point, natural_residual
+from gradbal.solvers.interior_point import (
+    ENUMERATED,
+    best_support,
+    interior_point,
+    natural_residual,
+)
 from gradbal.solvers.solution import Solution
 
 _FEW = 3  # up to this size plain numbers are faster than tensors
 _SOME = 16  # for one right-hand side also up to this one, if few of its entries are negative
-_ENUMERATED = 5  # on a device up to this size every support is tried
 _TINY = 1e-300
 
 
@@ -64,7 +68,7 @@ def nonnegative_qp(
             return solution._replace(value=solution.value.reshape(linear.shape))
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=_TINY)
     rows = rows / scale
-    if capturable and len(hessian) <= _ENUMERATED:
+    if capturable and len(hessian) <= ENUMERATED:
         (points, residuals), n_iter = best_support(hessian, rows), 0
         residual = residuals.amax()
     elif capturable:

@@ -1,6 +1,5 @@
 """The form in which a core is saved."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,13 +7,13 @@ import torch
 from torch import Tensor
 
 from gradbal._utils.dtensor import part_of, whole_of
+from gradbal._utils.log import log
 from gradbal.rules._base import mix
 from gradbal.rules._state import new_state
 from gradbal.step.accumulate import Pending
 from gradbal.step.trees import cloned
 
 VERSION = 1
-_LOGGER = logging.getLogger("gradbal")
 KEYS = ("version", "rule", "tasks", "step", "generator", "state", "pending", "choice")
 
 
@@ -103,7 +102,7 @@ def _fitting(core: Any, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(kept)
     lost = sorted(kept.keys() - core.axes.keys())
     if lost:
-        _LOGGER.warning(
+        log.warning(
             "The checkpoint holds moments of another learner (%s); the learned values go on, and "
             "the moments begin anew.",
             ", ".join(lost),
@@ -120,7 +119,7 @@ def _generator(saved: Mapping[str, Any], step: int) -> torch.Generator:
         generator = torch.Generator(saved["device"])
         generator.set_state(saved["state"].cpu())
     except RuntimeError:
-        _LOGGER.warning(
+        log.warning(
             "The checkpoint's random numbers were drawn on %s, which this process does not have; "
             "the rule goes on with other numbers, from its seed and the number of steps.",
             saved["device"],

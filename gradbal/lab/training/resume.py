@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from gradbal._utils.log import log
+
 C = TypeVar("C", bound=Hashable)  # what is trained; `str` names it
 R = TypeVar("R", bound="Kept")
 
@@ -181,7 +183,6 @@ def _attempt(train: Callable[[C], R], cell: C) -> R | str:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Leave out remarks on single cells."""
-    log = logging.getLogger("gradbal")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
