@@ -58,6 +58,8 @@ class _Moved(MetaPathFinder, Loader):
 
 def _new_name(name: str) -> str | None:
     """Return where a module lives now, or None if it is not an old name."""
+    if not name.startswith("gradbal."):  # asked about every import of the process
+        return None
     old, below = name, ""
     while old not in MOVED:  # the longest old name that it is, or lies in
         old, _, last = old.rpartition(".")

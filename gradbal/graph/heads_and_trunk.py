@@ -137,8 +137,7 @@ def make_plan(
     numbers = [*tasks, *(task for task, edges in routing.lower.items() for _ in edges)]
     tops = [*roots, *(edge for edges in routing.lower.values() for edge in edges)]
     routed = walk_graph(tops, numbers, behind=bool(sinks), closed=routing.region)
-    routed.sinks = sinks
-    plan = planned(routed, routing)
+    plan = planned(replace(routed, sinks=sinks), routing)
     if size not in helps:
         plain = planned(walk, Routing(unresolved=routing.unresolved))
         helps[size] = (plain.own, plain.above, plain.trunk) != (plan.own, plan.above, plan.trunk)
@@ -160,7 +159,7 @@ def _planned(
     packed, sinks = routing.region, walk.sinks
     tops = [*roots, *(edge for edges in routing.lower.values() for edge in edges)]
     marked = marked_edges(walk, tag)
-    common = {n for n, tasks in walk.tasks.items() if tasks & (tasks - 1)} - packed
+    common = {n for n, above in walk.tasks.items() if above & (above - 1)} - packed
     region = {*common} if tag is None else nodes_below([edge.node for edge, *_ in marked], walk)
     entries = meeting_nodes(walk, region, {top.node for top in tops} - packed)
     cut = edges_into({node for node in entries if type(node) is not LEAF}, walk, tops, region)

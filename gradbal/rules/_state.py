@@ -10,6 +10,7 @@ from gradbal.rules._learned import slots
 
 Axes = dict[str, tuple[int, ...]]
 
+KEPT = 2**14  # sets of tasks; of forty tasks every step may have another one
 _INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
@@ -116,6 +117,8 @@ def grown_rows(buffers: State, axes: Axes, n_tasks: int) -> State:
 def task_index(tasks: Sequence[int], device: torch.device) -> Tensor:
     """Return the numbers of tasks as an index on a device, made once: a copy there makes it wait.
 
+    None is dropped, because a captured graph may read it; further sets of tasks are made each time.
+
     Args:
         tasks: Numbers of the tasks.
         device: Where the index is used.
@@ -124,7 +127,7 @@ def task_index(tasks: Sequence[int], device: torch.device) -> Tensor:
     index = _INDICES.get(key)
     if index is None:
         index = torch.tensor(key[0], device=device, dtype=torch.int64)
-        if type(index).__name__ != "FakeTensor":  # which ends with its mode
+        if len(_INDICES) < KEPT and type(index).__name__ != "FakeTensor":  # it ends with its mode
             _INDICES[key] = index
     return index
 

@@ -137,7 +137,7 @@ class Flow:
 
         Under a scaler the factor may be at fault, and an auxiliary loss (-1) is no task.
         """
-        return self.options.when_nonfinite == "absent" and call.scaler is None and -1 not in bad
+        return self.options.on_nonfinite == "absent" and call.scaler is None and -1 not in bad
 
     def _decide_on_losses(self, batch: Batch, call: Call) -> tuple[Decision | None, Survey]:
         """Find weights that need no gradient, and look at the losses where that is enough."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradbal.rules import _state
 from gradbal.rules._base import Context, LossRule, State
-from gradbal.rules._state import grown, merged, new_state, part, task_axes
+from gradbal.rules._state import grown, merged, new_state, part, task_axes, task_index
 from gradbal.step.state import Core
 
 CPU = torch.device("cpu")
@@ -67,6 +68,16 @@ def test_growth_keeps_what_is_there() -> None:
     assert larger["logits"].tolist() == [1, 1, 0]
     assert larger["pairs"].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert larger["count"].item() == 1
+
+
+def test_only_so_many_sets_of_tasks_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_state, "_INDICES", {})
+    monkeypatch.setattr(_state, "KEPT", 2)
+    found = [task_index([0, last], CPU) for last in range(1, 5)]
+    assert [index.tolist() for index in found] == [[0, 1], [0, 2], [0, 3], [0, 4]]
+    again = [task_index([0, last], CPU) for last in range(1, 5)]
+    assert [a is b for a, b in zip(found, again, strict=True)] == [True, True, False, False]
+    assert len(_state._INDICES) == 2
 
 
 def test_a_transaction_that_fails_leaves_nothing_behind() -> None:
