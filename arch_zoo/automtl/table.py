@@ -1,7 +1,6 @@
 """A table of what models cost, and the two models that any sharing is measured against."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 
 from torch import nn
 
@@ -16,6 +15,8 @@ from arch_zoo.tree import Tree
 def beside(model: MultiTaskModel, backbone: Encoder) -> dict[str, MultiTaskModel]:
     """Return a model after one network per task and after hard sharing, with the same heads.
 
+    With a :class:`arch_zoo.Decoder` there is one network for each stream that it reads.
+
     Args:
         model: It names the tasks and has the heads, which are copied.
         backbone: That of the others, copied for each: a module or a list of blocks.
@@ -23,17 +24,13 @@ def beside(model: MultiTaskModel, backbone: Encoder) -> dict[str, MultiTaskModel
     Returns:
         Models by what they are, ready for :func:`cost_table`.
     """
-    tasks = model.tasks
-    copies = copies_of("beside", "backbone", backbone, len(tasks) + 1)
+    streams = model.streams
+    copies = copies_of("beside", "backbone", backbone, len(streams) + 1)
     shared, *own = [module_of("beside", "backbone", copy) for copy in copies]
-
-    def heads() -> dict[str, nn.Module]:
-        return dict(deepcopy(model.heads).named_children())
-
-    paths = {task: (i,) for i, task in enumerate(tasks)}
+    paths = {stream: (i,) for i, stream in enumerate(streams)}
     return {
-        f"{len(tasks)} networks": Tree([dict(enumerate(own))], heads(), paths),
-        "hard sharing": HPS(shared, heads()),
+        f"{len(streams)} networks": Tree([dict(enumerate(own))], model._copied_heads(), paths),
+        "hard sharing": HPS(shared, model._copied_heads()),
         type(model).__name__: model,
     }
 

@@ -5,7 +5,7 @@ import torch
 from backbones import WIDTH, backbone, pictures
 from torch import Tensor, nn
 
-from arch_zoo import HPS
+from arch_zoo import ESMM, HPS
 from arch_zoo.automtl.costs import Cost, latencies, model_cost
 from arch_zoo.automtl.table import beside, cost_table
 from arch_zoo.encoders import Encoder
@@ -87,6 +87,14 @@ def test_the_table_has_a_row_per_model_against_the_first() -> None:
         "| hard sharing | 149 (0.70) | 16,400 (0.50) |",
         "| HPS | 149 (0.70) | 16,400 (0.50) |",
     ]
+
+
+def test_heads_that_read_each_other_go_into_the_table() -> None:
+    encoder, towers = nn.Linear(4, 8), (nn.Linear(8, 1), nn.Linear(8, 1))
+    models = beside(ESMM(encoder, *towers), encoder)
+    assert list(models) == ["2 networks", "hard sharing", "ESMM"]
+    for model, n in zip(models.values(), (2, 1, 1), strict=True):
+        assert model_cost(model, torch.zeros(3, 4)) == Cost(n * 40 + 2 * 9, n * 32 + 2 * 8)
 
 
 def test_the_table_may_tell_the_time_and_has_no_ratio_to_nothing() -> None:
