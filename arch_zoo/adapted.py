@@ -171,14 +171,9 @@ class Adapted(MultiTaskModel):
         return self.by_batch(self._encode, tasks, x, named)
 
     def reach(self) -> Reach:
-        private: set[int] = set()
-        for layer in self._conditionals():
-            for name, module in layer.specific.items():
-                yield module, (name,)
-                private.update(map(id, module.parameters()))
-        for parameter in self.encoder.parameters():
-            if id(parameter) not in private:
-                yield parameter, self.streams
+        private = [pair for layer in self._conditionals() for pair in layer.specific.items()]
+        yield from ((module, (name,)) for name, module in private)
+        yield from self._all_but(self.encoder, [module for _, module in private])
 
     def receivers(self) -> Iterator[nn.Module]:
         yield self.encoder

@@ -20,6 +20,11 @@ def resized(x: Tensor, size: Size) -> Tensor:
     return functional.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
+def enlarged(x: Tensor, scale: int) -> Tensor:
+    """Return maps so many times as large, by linear interpolation."""
+    return resized(x, (scale * x.shape[-2], scale * x.shape[-1]))
+
+
 def conv_norm(
     channels: int, kernel: int = 3, dilation: int = 1, norm: Norm = nn.BatchNorm2d
 ) -> nn.Sequential:
@@ -187,8 +192,7 @@ class Resized(nn.Module):
         self.scale = scale
 
     def forward(self, x: Any) -> Tensor:
-        y: Tensor = self.head(x)
-        return resized(y, (self.scale * y.shape[-2], self.scale * y.shape[-1]))
+        return enlarged(self.head(x), self.scale)
 
 
 class Residual(nn.Module):

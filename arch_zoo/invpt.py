@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from arch_zoo.decoders import Decoded, Decoder, Prediction
 from arch_zoo.encoders import Encoder
-from arch_zoo.heads import Residual, conv_norm, resized
+from arch_zoo.heads import Residual, conv_norm, enlarged, resized
 from arch_zoo.hps import HPS
 
 
@@ -133,7 +133,7 @@ class InvPTDecoder(Decoder):
         for s, block in enumerate(self.attention):
             if s:
                 maps = {
-                    name: self.up[s - 1].get_submodule(name)(_doubled(x))
+                    name: self.up[s - 1].get_submodule(name)(enlarged(x, 2))
                     for name, x in maps.items()
                 }
             maps = block(maps)
@@ -153,10 +153,6 @@ class InvPTDecoder(Decoder):
             for name in tasks
         }
         return Decoded(outputs, predictions)
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return resized(x, (2 * x.shape[-2], 2 * x.shape[-1]))
 
 
 class InvPT(HPS):

@@ -1,14 +1,12 @@
 """A level of shared and private experts, with the gates that mix them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from arch_zoo.experts import ExpertBank
-from arch_zoo.tensors import add, leaves_of, mix
+from arch_zoo.tensors import blend
 
 
 class LevelOutput(NamedTuple):
@@ -79,21 +77,14 @@ class Level(nn.Module):
             theirs = self._common(streams[name], named) if separate else common
             banks = own.get(name, ()) + theirs
             weights, penalty = self.gates[name](read(streams[name]))
-            mixed[name] = _blend(weights, banks)
+            mixed[name] = blend(weights, banks)
             if penalty is not None:
                 aux[name] = penalty
         following = None
         if self.shared_gate is not None and not separate:
             weights, _ = self.shared_gate(read(shared))
-            following = _blend(weights, (*(bank for (bank,) in own.values()), *common))
+            following = blend(weights, (*(bank for (bank,) in own.values()), *common))
         return LevelOutput(mixed, following, common, aux)
 
     def _common(self, x: Any, named: Mapping[str, Any]) -> tuple[Any, ...]:
         return () if self.shared is None else (self.shared(x, **named),)
-
-
-def _blend(weights: Tensor, banks: Sequence[Any]) -> Any:
-    """Mix banks ``[batch, n_i, ...]`` with weights ``[batch or 1, sum of n_i]``."""
-    shares = torch.split(weights, [leaves_of(bank)[0].shape[1] for bank in banks], dim=1)
-    parts = [mix("be", share, bank) for share, bank in zip(shares, banks, strict=True)]
-    return reduce(add, parts)

@@ -323,6 +323,13 @@ class MultiTaskModel(nn.Module, ABC):
         else:
             yield from ((head, (name,)) for name, head in self.heads.items())
 
+    def _all_but(self, module: nn.Module, private: Iterable[nn.Module]) -> Reach:
+        """Yield the parameters of a module that lie in no private part, which all streams reach."""
+        theirs = {id(parameter) for part in private for parameter in part.parameters()}
+        for parameter in module.parameters():
+            if id(parameter) not in theirs:
+                yield parameter, self.streams
+
     def _copied_heads(self) -> Heads:
         """Return a copy of the heads, as the constructor takes them."""
         heads = deepcopy(self.heads)

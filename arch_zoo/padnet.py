@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from arch_zoo.decoders import Decoded, Decoder, Prediction
 from arch_zoo.encoders import Encoder
-from arch_zoo.heads import Residual, resized
+from arch_zoo.heads import Residual, enlarged
 from arch_zoo.hps import HPS
 
 
@@ -97,18 +97,15 @@ class PADNetDecoder(Decoder):
         asked = [name for name in self.streams if name in tasks or name not in self.tasks]
         predictions = {
             f"{name}/initial": Prediction(
-                name, self._enlarged(self.initial[name](features[name])), self.weight
+                name, enlarged(self.initial[name](features[name]), self.scale), self.weight
             )
             for name in asked
         }
         outputs = {
-            name: self._enlarged(self.heads[name](self.distillation[name](features)))
+            name: enlarged(self.heads[name](self.distillation[name](features)), self.scale)
             for name in tasks
         }
         return Decoded(outputs, predictions)
-
-    def _enlarged(self, y: Tensor) -> Tensor:
-        return resized(y, (self.scale * y.shape[-2], self.scale * y.shape[-1]))
 
 
 class PADNet(HPS):

@@ -219,15 +219,11 @@ class TaskRouted(MultiTaskModel):
         return self.by_batch(self._encode, tasks, x, named)
 
     def reach(self) -> Reach:
-        private: set[int] = set()
-        for layer in self.modules():
-            if isinstance(layer, SparseMoE) and layer.by_task:
-                for name, router in layer.routers.items():
-                    yield router, (name,) if name in self.streams else ()
-                    private.update(map(id, router.parameters()))
-        for parameter in self.stages.parameters():
-            if id(parameter) not in private:
-                yield parameter, self.streams
+        layers = [layer for layer in self.modules() if isinstance(layer, SparseMoE)]
+        private = [pair for layer in layers if layer.by_task for pair in layer.routers.items()]
+        for name, router in private:
+            yield router, (name,) if name in self.streams else ()
+        yield from self._all_but(self.stages, [router for _, router in private])
 
     def receivers(self) -> Iterator[nn.Module]:
         yield from parts_of(self.stages)

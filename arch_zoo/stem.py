@@ -1,10 +1,8 @@
 """STEM: embeddings of each task beside shared ones."""
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import nn
 
 from arch_zoo.encoders import Encoder, Factory, module_of
@@ -12,7 +10,7 @@ from arch_zoo.experts import ExpertBank
 from arch_zoo.gates import Gate, SoftmaxGate
 from arch_zoo.inputs import Inputs, call
 from arch_zoo.model import Features, Heads, MultiTaskModel, Reach
-from arch_zoo.tensors import add, mix
+from arch_zoo.tensors import blend
 
 SHARED = "shared"
 
@@ -110,7 +108,5 @@ class STEM(MultiTaskModel):
                 bank if source in (name, SHARED) else bank.detach()
                 for source, bank in banks.items()
             ]
-            shares = torch.split(weights, [bank.shape[1] for bank in seen], dim=1)
-            parts = [mix("be", share, bank) for share, bank in zip(shares, seen, strict=True)]
-            per_task[name] = reduce(add, parts)
+            per_task[name] = blend(weights, seen)
         return Features(shared=(), per_task=per_task, aux={})

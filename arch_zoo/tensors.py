@@ -1,6 +1,7 @@
 """What architectures do to tensors, and to the tensors of a structure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -158,6 +159,13 @@ def add(one: Any, other: Any) -> Any:
     if isinstance(one, Tensor):
         return one + other
     return pytree.tree_map(torch.add, one, other)
+
+
+def blend(weights: Tensor, banks: Sequence[Any]) -> Any:
+    """Mix banks ``[batch, n_i, ...]`` with weights ``[batch or 1, sum of n_i]``."""
+    shares = torch.split(weights, [leaves_of(bank)[0].shape[1] for bank in banks], dim=1)
+    parts = [mix("be", share, bank) for share, bank in zip(shares, banks, strict=True)]
+    return reduce(add, parts)
 
 
 def leaves_of(value: Any) -> tuple[Tensor, ...]:

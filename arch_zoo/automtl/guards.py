@@ -69,7 +69,7 @@ def same_as_original(
             try:
                 with _pass(original, x, training, seed):
                     wanted = _watched(original, events, x)
-            except Exception:
+            except Exception:  # whatever users' code may raise; there is nothing to compare then
                 continue
             with _pass(copy, x, training, seed):
                 found = _interpreted(copy, events, x)

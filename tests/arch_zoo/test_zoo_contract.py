@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo_cases import CASES, SIZES, Kit, build
+from zoo_cases import CASES, SIZES, Kit, assert_sets, build
 
 from arch_zoo import MTAN, MultiTaskModel
 from arch_zoo.model import Inputs
@@ -66,15 +66,7 @@ def test_sizes_and_batches_may_change(case: str, kind: str, size: int) -> None:
 @every
 def test_task_sets_are_what_autograd_finds(case: str, kind: str) -> None:
     model = build(case, kind)
-    found: dict[str, set[str]] = {name: set() for name, _ in model.named_parameters()}
-    for task, loss in losses(model, Kit(kind).x()).items():
-        gradients = torch.autograd.grad(
-            loss, list(model.parameters()), allow_unused=True, retain_graph=True
-        )
-        for name, gradient in zip(found, gradients, strict=True):
-            if gradient is not None:
-                found[name].add(task)
-    assert model.parameter_task_sets() == {name: frozenset(tasks) for name, tasks in found.items()}
+    assert_sets(model, losses(model, Kit(kind).x()))
 
 
 @each

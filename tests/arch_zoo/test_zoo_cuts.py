@@ -22,6 +22,7 @@ from arch_zoo import (
     lora,
     stages,
 )
+from arch_zoo.encoders import Chain
 from arch_zoo.inputs import call
 
 
@@ -167,12 +168,6 @@ PICTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], nn.Module], s
 }
 
 
-def through(parts: list[nn.Module], x: Any, **named: Any) -> Any:
-    for part in parts:
-        x = call(part, x, named)
-    return x
-
-
 @pytest.mark.parametrize("name", PICTURES)
 def test_pieces_compute_what_the_whole_does(name: str) -> None:
     torch.manual_seed(0)
@@ -181,7 +176,7 @@ def test_pieces_compute_what_the_whole_does(name: str) -> None:
     cut = stages(model)
     assert len(cut.parts) == 2
     assert cut.layout == layout
-    found = classifier(model)(cut.output(cut.neck(through(cut.parts, x))))
+    found = classifier(model)(cut.output(cut.neck(Chain(*cut.parts)(x))))
     torch.testing.assert_close(found, model(x))
 
 
@@ -255,16 +250,16 @@ def test_pieces_of_text_models_compute_what_the_whole_does(kind: type[nn.Module]
     model, ids = kind(), torch.arange(10).reshape(2, 5)
     cut = stages(model)
     whole = model(ids)
-    torch.testing.assert_close(cut.neck(through(cut.parts, ids)), whole)
+    torch.testing.assert_close(cut.neck(Chain(*cut.parts)(ids)), whole)
     mask = torch.ones(2, 5).long()
-    kept = cut.neck(through(cut.parts, ids, attention_mask=mask))
+    kept = cut.neck(Chain(*cut.parts)(ids, attention_mask=mask))
     torch.testing.assert_close(kept, whole)
     expected = whole[:, -1] if kind is GPT2Model else whole.mean(1)
     for named in ({}, {"attention_mask": mask}):
         torch.testing.assert_close(call(cut.output, kept, named), expected)
     mask[1, 3:] = 0
-    padded = cut.neck(through(cut.parts, ids, attention_mask=mask))
-    short = cut.neck(through(cut.parts, ids[1:, :3]))
+    padded = cut.neck(Chain(*cut.parts)(ids, attention_mask=mask))
+    short = cut.neck(Chain(*cut.parts)(ids[1:, :3]))
     torch.testing.assert_close(padded[1:, :3], short)
     last = call(cut.output, padded, {"attention_mask": mask})[1]
     torch.testing.assert_close(last, short[0, -1] if kind is GPT2Model else short[0].mean(0))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo_cases import Kit
+from zoo_cases import Kit, assert_sets
 
 from arch_zoo import (
     CGC,
@@ -21,7 +21,6 @@ from arch_zoo import (
     Gate,
     LearningToBranch,
     MMoE,
-    MultiTaskModel,
     OneBatch,
     PerTask,
     Prediction,
@@ -233,19 +232,6 @@ def test_features_may_be_a_pyramid(name: str) -> None:
         at_cut = torch.autograd.grad(loss, feats.shared, retain_graph=True)
         below = torch.autograd.grad(feats.shared, shared, at_cut)
         torch.testing.assert_close(below, direct)
-
-
-def assert_sets(model: MultiTaskModel, losses: Mapping[str, Tensor]) -> None:
-    """Compare the task sets with what autograd finds."""
-    found: dict[str, set[str]] = {name: set() for name, _ in model.named_parameters()}
-    for task, loss in losses.items():
-        gradients = torch.autograd.grad(
-            loss.sum(), list(model.parameters()), allow_unused=True, retain_graph=True
-        )
-        for name, gradient in zip(found, gradients, strict=True):
-            if gradient is not None:
-                found[name].add(task)
-    assert model.parameter_task_sets() == {name: frozenset(tasks) for name, tasks in found.items()}
 
 
 class Chained(Decoder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo_cases import CASES, Kit, build, choose
+from zoo_cases import CASES, Kit, assert_sets, build, choose
 
 from arch_zoo import (
     CGC,
@@ -96,15 +96,7 @@ def test_levels_have_counts_of_their_own() -> None:
     assert sizes == [2, 1, 0]
     assert [level.specific["a"].n for level in model.levels] == [1, 2, 1]
     assert [level.shared_gate is not None for level in model.levels] == [True, False, False]
-    found: dict[str, set[str]] = {n: set() for n, _ in model.named_parameters()}
-    for task, y in model(KIT.x()).items():
-        slopes = torch.autograd.grad(
-            y.sum(), list(model.parameters()), allow_unused=True, retain_graph=True
-        )
-        for name, slope in zip(found, slopes, strict=True):
-            if slope is not None:
-                found[name].add(task)
-    assert model.parameter_task_sets() == {n: frozenset(s) for n, s in found.items()}
+    assert_sets(model, model(KIT.x()))
     sentence = "PLE: `num_shared` must be one for all levels or one for each of the 2, got 3."
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         PLE(KIT.factories(2), KIT.heads(), num_shared=[1, 1, 1], num_specific=1)

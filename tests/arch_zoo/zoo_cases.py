@@ -1,7 +1,7 @@
 """Every architecture on every kind of input: a new architecture is one entry of `CASES`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -127,6 +127,19 @@ CASES: dict[str, Callable[[Kit], MultiTaskModel]] = {
         }
     ),
 }
+
+
+def assert_sets(model: MultiTaskModel, outputs: Mapping[str, Tensor]) -> None:
+    """Compare the task sets with what autograd finds."""
+    found: dict[str, set[str]] = {name: set() for name, _ in model.named_parameters()}
+    for task, output in outputs.items():
+        gradients = torch.autograd.grad(
+            output.sum(), list(model.parameters()), allow_unused=True, retain_graph=True
+        )
+        for name, gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                found[name].add(task)
+    assert model.parameter_task_sets() == {name: frozenset(tasks) for name, tasks in found.items()}
 
 
 def automtl(kit: Kit) -> AutoMTL:

@@ -21,7 +21,7 @@ from arch_zoo import (
     lora,
     stages,
 )
-from arch_zoo.inputs import call
+from arch_zoo.encoders import Chain
 from arch_zoo.tensors import pooled
 
 torchvision = pytest.importorskip("torchvision", reason="cuts backbones of torchvision")
@@ -68,12 +68,6 @@ PICTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], nn.Module]]] 
 }
 
 
-def through(parts: list[nn.Module], x: Any, **named: Any) -> Any:
-    for part in parts:
-        x = call(part, x, named)
-    return x
-
-
 @pytest.mark.parametrize("name", PICTURES)
 def test_pieces_compute_what_the_whole_does(name: str) -> None:
     torch.manual_seed(0)
@@ -82,7 +76,7 @@ def test_pieces_compute_what_the_whole_does(name: str) -> None:
     cut = stages(model)
     with torch.no_grad():
         whole = model(x)
-        assert torch.equal(classifier(model)(cut.output(cut.neck(through(cut.parts, x)))), whole)
+        assert torch.equal(classifier(model)(cut.output(cut.neck(Chain(*cut.parts)(x)))), whole)
 
 
 def bert() -> nn.Module:
@@ -123,7 +117,7 @@ def test_pieces_of_text_models_compute_what_the_whole_does(name: str) -> None:
     with torch.no_grad():
         for named in ({"attention_mask": mask}, {}):
             whole = model(tokens["input_ids"], **named).last_hidden_state
-            pieces = cut.neck(through(cut.parts, tokens["input_ids"], **named))
+            pieces = cut.neck(Chain(*cut.parts)(tokens["input_ids"], **named))
             kept = mask > 0 if named else torch.ones_like(mask) > 0
             assert torch.equal(pieces[kept], whole[kept])
 
