@@ -17,11 +17,11 @@ from benchmarks.automtl_controls import (
     effective,
 )
 from benchmarks.automtl_networks import AFFINITY, COSTS, NEAR, PERMUTED, WIDE, Record, Rows
-from benchmarks.automtl_report import FOUND, Results, shown_where_clear
+from benchmarks.automtl_report import FOUND, Results
 from gradbal._utils.tables import markdown_table
 from gradbal.diagnostics.plots import MARKS, new_figure, tidy
 from gradbal.lab.compare.tables import made_by
-from gradbal.lab.training.intervals import Interval, Paired
+from gradbal.lab.training.intervals import Paired
 from gradbal.lab.training.loop import ALONE, Tasks
 from gradbal.lab.training.summary import main_delta_m, main_figures
 
@@ -181,25 +181,11 @@ def verdict(study: Study) -> str:
 def table(study: Study) -> str:
     """Write one line per network."""
     results = study.results
-    chosen = [f"{name} {task.select}" for name, task in study.tasks.items()]
-    head = ["network", "Delta_m %", *chosen, "parameters", "operations", "shared"]
-    lines = [[*head, f"{FOUND} less this"]]
-    ours = results.deltas(FOUND)
+    lines = [[*results.head(), "shared", f"{FOUND} less this"]]
     for method in order(study):
-        deltas = dict.fromkeys(ours, 0.0) if method == ALONE else results.deltas(method)
-        figures = (results.figures(method, task).values() for task in study.tasks)
         policy = method not in (ALONE, WIDE)
-        lines.append(
-            [
-                "one for each task" if method == ALONE else method,
-                "0" if method == ALONE else str(Interval.of([*deltas.values()])),
-                *(Interval.of([*some]).shown(".3f") for some in figures),
-                f"{results.cost(method, 'parameters') / 1e3:.1f} k",
-                f"{results.cost(method, 'operations') / 1e6:.2f} M",
-                f"{100 * study.sharing(method):.0f} %" if policy else "",
-                "" if method == FOUND else shown_where_clear(Paired.of(ours, deltas).less),
-            ]
-        )
+        shared = f"{100 * study.sharing(method):.0f} %" if policy else ""
+        lines.append([*results.line(method), shared, results.found_less(method)])
     return markdown_table(lines)
 
 

@@ -55,6 +55,8 @@ class Results:
 
     def deltas(self, method: str) -> dict[int, float]:
         """Return Delta_m of the test figures by seed, the mean over random policies."""
+        if method == ALONE:
+            return dict.fromkeys(self.alone, 0.0)
         return self._means(method, self._delta)
 
     def figures(self, method: str, task: str) -> dict[int, float]:
@@ -68,6 +70,30 @@ class Results:
         some = self.found[method].values()
         total = sum if method == ALONE else fmean
         return fmean(total(getattr(record, of) for record in records) for records in some)
+
+    def head(self) -> list[str]:
+        """Return the names of the columns of :meth:`line`."""
+        chosen = [f"{name} {task.select}" for name, task in self.tasks.items()]
+        return ["network", "Delta_m %", *chosen, "parameters", "operations"]
+
+    def line(self, method: str) -> list[str]:
+        """Return the line of a method in a table."""
+        figures = (self.figures(method, task).values() for task in self.tasks)
+        return [
+            "one for each task" if method == ALONE else method,
+            "0" if method == ALONE else str(Interval.of([*self.deltas(method).values()])),
+            *(Interval.of([*some]).shown(".3f") for some in figures),
+            f"{self.cost(method, 'parameters') / 1e3:.1f} k",
+            f"{self.cost(method, 'operations') / 1e6:.2f} M",
+        ]
+
+    def found_less(self, method: str) -> str:
+        """Return AutoMTL's Delta_m less that of another method, bold where it is clear."""
+        if method == FOUND:
+            return ""
+        less = Paired.of(self.deltas(FOUND), self.deltas(method)).less
+        text = less.shown("+.1f")
+        return f"**{text}**" if less.clear else text
 
     def _means(self, method: str, value: Callable[[Any], float]) -> dict[int, float]:
         return {s: fmean(map(value, records)) for s, records in self.found[method].items()}
@@ -122,23 +148,8 @@ Intervals are not corrected for how many there are."""
 
 def table(results: Results) -> str:
     """Write one line per method."""
-    chosen = [f"{name} {task.select}" for name, task in results.tasks.items()]
-    head = ["network", "Delta_m %", *chosen, "parameters", "operations", f"{FOUND} less this"]
-    lines = [head]
-    for method in results.found:
-        deltas = dict.fromkeys(results.alone, 0.0) if method == ALONE else results.deltas(method)
-        figures = (results.figures(method, task).values() for task in results.tasks)
-        less = Paired.of(results.deltas(FOUND), deltas).less
-        lines.append(
-            [
-                "one for each task" if method == ALONE else method,
-                "0" if method == ALONE else str(Interval.of([*deltas.values()])),
-                *(Interval.of([*some]).shown(".3f") for some in figures),
-                f"{results.cost(method, 'parameters') / 1e3:.1f} k",
-                f"{results.cost(method, 'operations') / 1e6:.2f} M",
-                "" if method == FOUND else shown_where_clear(less),
-            ]
-        )
+    lines = [[*results.head(), f"{FOUND} less this"]]
+    lines += [[*results.line(method), results.found_less(method)] for method in results.found]
     return markdown_table(lines)
 
 
@@ -229,9 +240,3 @@ def draw(everything: Mapping[tuple[str, str], Results], path: Path) -> None:
     handles = panels.flat[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
-
-
-def shown_where_clear(less: Interval) -> str:
-    """Write a difference, bold where it is clear."""
-    text = less.shown("+.1f")
-    return f"**{text}**" if less.clear else text

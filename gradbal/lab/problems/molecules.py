@@ -1,7 +1,7 @@
 """Molecules as vectors, from the text that names them, without a package of chemistry."""
 
 import csv
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.lab.models.encoders import linear_head, mlp
 from gradbal.lab.problems import files
+from gradbal.lab.problems.problem import Examples, Problem, Published, Task
 
 WIDTH, LONGEST = 1024, 5
+HIDDEN = 256  # width of the layers of the network
 EXPECTED = "a CSV file, plain or gzipped, with a column smiles and one column for each task"
 
 
@@ -44,6 +47,36 @@ def read(owner: str, path: Path, tasks: Collection[str]) -> tuple[Tensor, Tensor
     if not inputs:
         raise ValueError(f"{owner}: {path.name!r} must have at least one row.")
     return torch.from_numpy(np.stack(inputs)), torch.tensor(targets)
+
+
+def problem(
+    name: str,
+    examples: Examples,
+    parts: Sequence[Tensor],
+    tasks: Mapping[str, Task],
+    published: Published,
+) -> Problem:
+    """Return a problem with an MLP that reads the counts, and a linear head for each task.
+
+    Args:
+        name: Of the problem.
+        examples: All molecules.
+        parts: Numbers of those for training, validation and test.
+        tasks: What is learned.
+        published: Protocol and figures of a paper.
+    """
+    train, validation, test = map(examples.take, parts)
+    return Problem(
+        name=name,
+        tasks=tasks,
+        train=train,
+        validation=validation,
+        test=test,
+        stages=mlp(examples.x.shape[1], HIDDEN, HIDDEN, HIDDEN),
+        heads=dict.fromkeys(tasks, linear_head(HIDDEN, 1)),
+        batch=64,
+        published=published,
+    )
 
 
 def fingerprint(smiles: str) -> np.ndarray:

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-from gradbal.lab.models.encoders import linear_head, mlp
 from gradbal.lab.problems import molecules
 from gradbal.lab.problems.losses import absolute_error
 from gradbal.lab.problems.metrics import Errors
@@ -13,7 +12,6 @@ from gradbal.lab.problems.splitting import in_deviations, tenths
 TASKS = tuple(
     f"{what}-{how}" for how in ("CC2", "PBE0", "CAM") for what in ("E1", "E2", "f1", "f2")
 )
-WIDTH = 256
 SOURCE = Published(
     source="chemprop, 2019",
     reports="mean MAE of the tasks, random split 80/10/10, 3 runs: 0.008, graph network",
@@ -33,17 +31,7 @@ def load(path: Path, *, seed: int = 0) -> Problem:
     x, values = molecules.read("qm8", path, TASKS)
     parts = tenths(len(x), seed)
     y, units = in_deviations("qm8", TASKS, values, parts[0])
-    train, validation, test = map(Examples(x, y).take, parts)
-    return Problem(
-        name="qm8",
-        tasks={
-            task: Task(absolute_error, partial(Errors, unit), "mae") for task, unit in units.items()
-        },
-        train=train,
-        validation=validation,
-        test=test,
-        stages=mlp(x.shape[1], WIDTH, WIDTH, WIDTH),
-        heads=dict.fromkeys(TASKS, linear_head(WIDTH, 1)),
-        batch=64,
-        published=SOURCE,
-    )
+    tasks = {
+        name: Task(absolute_error, partial(Errors, unit), "mae") for name, unit in units.items()
+    }
+    return molecules.problem("qm8", Examples(x, y), parts, tasks, SOURCE)

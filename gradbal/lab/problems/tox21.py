@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from gradbal.lab.models.encoders import linear_head, mlp
 from gradbal.lab.problems import molecules
 from gradbal.lab.problems.losses import binary_cross_entropy
 from gradbal.lab.problems.metrics import AUC
@@ -13,7 +12,6 @@ TASKS = (
     *("NR-AR", "NR-AR-LBD", "NR-AhR", "NR-Aromatase", "NR-ER", "NR-ER-LBD", "NR-PPAR-gamma"),
     *("SR-ARE", "SR-ATAD5", "SR-HSE", "SR-MMP", "SR-p53"),
 )
-WIDTH = 256
 SOURCE = Published(
     source="chemprop, 2019",
     reports="mean AUC of the tasks, random split 80/10/10, 3 runs: 0.851 +- 0.015, graph network",
@@ -32,15 +30,5 @@ def load(path: Path, *, seed: int = 0) -> Problem:
     """
     x, y = molecules.read("tox21", path, TASKS)
     examples = Examples(x, dict(zip(TASKS, y.T, strict=True)))
-    train, validation, test = map(examples.take, tenths(len(x), seed))
-    return Problem(
-        name="tox21",
-        tasks=dict.fromkeys(TASKS, Task(binary_cross_entropy, AUC, "auc")),
-        train=train,
-        validation=validation,
-        test=test,
-        stages=mlp(x.shape[1], WIDTH, WIDTH, WIDTH),
-        heads=dict.fromkeys(TASKS, linear_head(WIDTH, 1)),
-        batch=64,
-        published=SOURCE,
-    )
+    tasks = dict.fromkeys(TASKS, Task(binary_cross_entropy, AUC, "auc"))
+    return molecules.problem("tox21", examples, tenths(len(x), seed), tasks, SOURCE)
