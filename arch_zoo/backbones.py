@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from arch_zoo.automtl.tracer import first_line
 from arch_zoo.encoders import Chain
 from arch_zoo.tensors import pooled
 
@@ -453,7 +454,7 @@ def _by_names(model: nn.Module, names: Sequence[str]) -> Stages:
     except Exception as error:
         raise ValueError(
             f"stages: `model` must be one that torch.fx traces, got {type(model).__name__}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     last: dict[str, int] = {}
     nodes = list(traced.graph.nodes)
@@ -480,7 +481,11 @@ def _works(piece: Piece) -> bool:
 def _pieces(
     traced: fx.GraphModule, model: nn.Module, place: dict[fx.Node, int], n: int
 ) -> Iterator[fx.GraphModule]:
-    """Yield graphs from the values that enter a piece to those that leave it, the newest first."""
+    """Yield a graph for each piece.
+
+    It takes the values that earlier pieces made and this or a later one reads, the newest first,
+    and returns those that later pieces read.
+    """
     nodes = list(traced.graph.nodes)
     output = nodes[-1].all_input_nodes
     enter = [node for node in nodes if node.op == "placeholder"][:1]

@@ -40,7 +40,8 @@ class DSelectK(ExpertModel):
         normalise: ``"layer"`` puts a layer norm without parameters between gate input and
             selectors, so that inputs of any scale leave all bits undecided at the start; it also
             hides the scale and shift of an example from the gate, and all of an input of width 1.
-            None, as published, reads the input as it is: its entries should be about 1.
+            None, as published, passes the input on unchanged; its entries should be of the order
+            of 1.
         gate: What the gates read, and their depth; not used by ``condition="task"``.
         stem: A shared encoder below experts and gates.
 

@@ -59,7 +59,7 @@ class Schedule(nn.Module):
         return (self.start / (1 + counted).sqrt()).clamp(min=self.floor)
 
     def warming(self) -> Tensor:
-        """Return whether the warm-up goes on, without dimensions."""
+        """Return whether the warm-up is still running, a 0-dim bool tensor."""
         return self.steps < self.warmup
 
     def step(self) -> None:
@@ -206,7 +206,7 @@ class LearningToBranch(MultiTaskModel):
         return Tree(stages, self._copied_heads(), paths)
 
     def _warming(self) -> Tensor | None:
-        """Return whether the warm-up goes on, or None for a schedule without one."""
+        """Return whether the warm-up is still running; None if the schedule has no warm-up."""
         has_one = isinstance(self.tau, Schedule) and self.tau.warmup > 0
         return self.tau.warming() if has_one else None
 

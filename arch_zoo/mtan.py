@@ -38,8 +38,8 @@ class MTAN(MultiTaskModel):
     .. math:: v_t^s = a_t^s([u_s, r_t^{s-1}]) \odot p_s, \qquad r_t^s = R^s(v_t^s)
 
     Where maps shrink, they are refined and then resized; where they grow, as in the decoder of a
-    SegNet, they are resized and then refined. A part of a stage may return a tuple whose first
-    entry are the features; the rest, such as the indices of a pooling, goes on to the next part.
+    SegNet, they are resized and then refined. A part of a stage may return a tuple that starts with
+    the features, such as a pooling with its indices. The next part is called with that tuple.
 
     The masks are private, the refinements `R` shared. ``Features.shared`` holds the taps
     :math:`u_1, p_1, \dots` on their way to the tasks: complete for the trunk, whereas the

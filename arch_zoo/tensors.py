@@ -62,8 +62,8 @@ def pooled(
 
     Args:
         x: Features.
-        mask: Which positions count, ``[batch, positions ...]``, not zero for those that do. An
-            example without any has mean zero.
+        mask: Not zero at the positions to average over, ``[batch, positions ...]``. Where the mask
+            of an example is zero everywhere, its mean is zero.
         layout: How features lie, as in :func:`channel_axis`.
         axis: Where the channels are, if that is known better.
 

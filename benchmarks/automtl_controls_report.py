@@ -240,9 +240,10 @@ def stability(study: Study) -> str:
         index = fmean(alike(found[s], r.cell.policy) for s in found for r in drawn[s])
         lines.append([name, f"{index:.2f}"])
     return (
-        f"{markdown_table(lines)}\n\nThe index is the number of operators that two tasks share in "
-        "both policies over that of those that they share in one of them, 1 if there are none; "
-        "policies of the same seed, but for the first line."
+        f"{markdown_table(lines)}\n\nThe index compares which pairs of tasks share which "
+        "operators: the number of pairs and operators that both policies share, divided by the "
+        "number that at least one shares, and 1 if none shares any. Both policies are of one seed, "
+        "except in the first line."
     )
 
 

@@ -218,7 +218,7 @@ def supermodel(data: Problem, kind: Search = SEARCHES[FOUND]) -> AutoMTL:
 
 
 def searched(data: Problem, cell: Cell) -> tuple[nn.Module, dict[str, list[int]]]:
-    """Return the network that a search finds, as it is before training, and its policy."""
+    """Run a search; return the untrained network that it found, and its policy."""
     kind = SEARCHES[cell.method]
     model = supermodel(data, kind)
     train: Any = data.train  # in memory

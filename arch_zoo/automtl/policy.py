@@ -72,7 +72,7 @@ class Policy(nn.Module):
         operations: Multiply-adds of each branch on one example, ``[operators, 3]``.
         tau: Returns the temperature of the samples when called; by default ``Temperature()``.
 
-    Operators are free to be chosen for; :meth:`free_last` shares all others for a while.
+    At first tasks choose for all operators; :meth:`free_last` limits the choice to the last ones.
 
     Example:
         >>> legal, ones = torch.tensor([[True, True, False]]), torch.ones(1, 3)

@@ -274,12 +274,22 @@ def stage() -> list[nn.Module]:
     return [nn.Linear(3, 8), nn.Linear(8, 8)]
 
 
+class Speechless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError
+
+
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "untraceable": (
         lambda: stages(Untraceable(), names=["x"]),
         ValueError,
         "stages: `model` must be one that torch.fx traces, got Untraceable: symbolically traced "
         "variables cannot be used as inputs to control flow",
+    ),
+    "untraceable without a word": (
+        lambda: stages(Speechless(), names=["x"]),
+        ValueError,
+        "stages: `model` must be one that torch.fx traces, got Speechless: AssertionError",
     ),
     "names of batches": (
         lambda: PerTask.named(a={"ids": 1}, b={"mask": 1}),
